@@ -1,0 +1,140 @@
+"""Every exception evomerge raises on purpose.
+
+    EvomergeError
+    ├── UserError                 the input is wrong; the CLI prints one line and exits with 2
+    │   ├── SpecError             a study spec, a search space or a recipe; lists every problem
+    │   ├── CheckpointError       a checkpoint on disk cannot be used
+    │   │   ├── MissingTensor
+    │   │   ├── ShapeMismatch
+    │   │   ├── NonFiniteTensor   NaN or infinity in a checkpoint
+    │   │   └── PickleRefused     a pickle checkpoint: loading it would run its code
+    │   ├── MergeError            a recipe cannot be applied to these checkpoints
+    │   ├── TaskError             an lm-eval task cannot be loaded, or has too few items
+    │   ├── ExportError           a checkpoint cannot be written (a full disk, an existing folder)
+    │   └── StoreError            the store cannot be used
+    │       ├── StudyNotFound
+    │       ├── StudyChanged      a study of that name exists, with another spec
+    │       ├── StudyBusy         another controller is running this study
+    │       ├── StoreLocked
+    │       └── SchemaTooNew      written by a newer evomerge
+    ├── CandidateError            this recipe makes no usable model; the trial fails, the search goes on
+    │   └── NonFiniteModel
+    ├── InfrastructureError       the attempt failed, not the candidate; it is retried
+    │   ├── WorkerLost
+    │   └── OutOfMemory
+    ├── StaleAttempt              a result whose attempt is no longer the live one; it is refused
+    └── StudyStopped              every attempt fails in the same way, so the study stopped
+
+Exceptions cross process boundaries, so every constructor takes positional arguments only and
+passes exactly those to `Exception`: each class survives pickling.
+"""
+
+
+class EvomergeError(Exception):
+    """Base of every error evomerge raises on purpose."""
+
+
+class UserError(EvomergeError):
+    """The input is wrong; the message names the thing and the way out."""
+
+
+class SpecError(UserError):
+    """One or more problems of a spec, a space or a recipe, all reported at once.
+
+    `subject` is what was read (a path or a name), `problems` one line for each fault.
+    """
+
+    def __init__(self, subject: str, problems: list[str]) -> None:
+        super().__init__(subject, problems)
+        self.subject = subject
+        self.problems = problems
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.subject}: {self.problems[0]}"
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        return f"{self.subject}: {len(self.problems)} problems\n{lines}"
+
+
+class CheckpointError(UserError):
+    """A checkpoint on disk cannot be used."""
+
+
+class MissingTensor(CheckpointError):
+    """A source lacks a tensor that the base has."""
+
+
+class ShapeMismatch(CheckpointError):
+    """A tensor has another shape in a source than in the base."""
+
+
+class NonFiniteTensor(CheckpointError):
+    """A tensor of a checkpoint holds NaN or infinity."""
+
+
+class PickleRefused(CheckpointError):
+    """The checkpoint is a pickle; loading it would run code from it."""
+
+
+class MergeError(UserError):
+    """A recipe cannot be applied to these checkpoints."""
+
+
+class TaskError(UserError):
+    """An lm-eval task cannot be loaded, or has too few items."""
+
+
+class ExportError(UserError):
+    """A checkpoint cannot be written."""
+
+
+class StoreError(UserError):
+    """The store cannot be used."""
+
+
+class StudyNotFound(StoreError):
+    """No study of that name is in the store."""
+
+
+class StudyChanged(StoreError):
+    """A study of that name exists, with another spec."""
+
+
+class StudyBusy(StoreError):
+    """Another controller is running this study."""
+
+
+class StoreLocked(StoreError):
+    """The database stayed locked for longer than we wait."""
+
+
+class SchemaTooNew(StoreError):
+    """The store was written by a newer evomerge."""
+
+
+class CandidateError(EvomergeError):
+    """This recipe makes no usable model; the trial fails and the search goes on."""
+
+
+class NonFiniteModel(CandidateError):
+    """The merged model holds, or computes, NaN or infinity."""
+
+
+class InfrastructureError(EvomergeError):
+    """The attempt failed, not the candidate; it is retried."""
+
+
+class WorkerLost(InfrastructureError):
+    """The worker died or stopped answering."""
+
+
+class OutOfMemory(InfrastructureError):
+    """The worker ran out of memory."""
+
+
+class StaleAttempt(EvomergeError):
+    """A result came for an attempt that is no longer the live one."""
+
+
+class StudyStopped(EvomergeError):
+    """Every attempt fails in the same way, so the study stopped."""
