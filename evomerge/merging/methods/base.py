@@ -1,0 +1,108 @@
+"""The contract of a merge method: what it is told of a tensor and what it must return.
+
+A method sees float32 blocks of one tensor at a time, so that memory is bounded whatever the tensor's
+size; what it needs to know of the whole tensor (a threshold, a dot product) it works out in
+`prepare`, and of the whole model in `survey`. Knows nothing of checkpoints, devices or studies.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from evomerge.merging.values import Scalar
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as data: menus, validation and search spaces are derived from it.
+
+    `scope` says whether every source has its own (`source`) or the recipe has one (`recipe`).
+    `low` and `high` bound what is valid (inclusive, None is unbounded), not what is worth searching.
+    """
+
+    name: str
+    scope: Literal["source", "recipe"]
+    kind: Literal["float", "bool", "choice"]
+    default: Scalar
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous run of n elements of one tensor, in flat (row-major) order, as float32.
+
+    base [n] (None for a method without base), sources [s, n] (the models, not task vectors);
+    `start` is the flat index of the first element.
+    """
+
+    base: Tensor | None
+    sources: Tensor
+    start: int
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Every parameter of a recipe, resolved for one tensor.
+
+    `names` [s] are the sources' names, always in sorted order, so that the order of a recipe's
+    sources cannot change a bit of a sum; `order` [s] are their positions in the recipe.
+    `source[p]` [s] holds parameter p for each source, `recipe[p]` holds it for the recipe.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    order: tuple[int, ...]
+    source: Mapping[str, tuple[Scalar, ...]]
+    recipe: Mapping[str, Scalar]
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the tensor."""
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+
+Blocks = Callable[[], Iterator[Block]]
+"""Streams a tensor's blocks from the start; may be called more than once."""
+
+
+class MergeMethod(ABC):
+    """One merge method. Instances hold no state: everything is in the arguments."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    formula: ClassVar[str]
+    parameters: ClassVar[tuple[Parameter, ...]]
+    needs_base: ClassVar[bool] = True
+    min_sources: ClassVar[int] = 1
+    max_sources: ClassVar[int | None] = None
+
+    def survey(self, model: Callable[[], Iterable[tuple[Coefficients, Blocks]]]) -> Any:
+        """What must be known of the whole model before any tensor is merged (None: nothing).
+
+        `model` streams every float tensor in sorted name order and may be called more than once.
+        """
+        return None
+
+    def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> Any:
+        """What must be known of the whole tensor before its first block is merged (None: nothing).
+
+        Must not depend on how the tensor is cut into blocks.
+        """
+        return None
+
+    @abstractmethod
+    def merge(self, block: Block, coefficients: Coefficients, prepared: Any) -> Tensor:
+        """The merged elements [n], float32. Must not write into the block."""

@@ -1,0 +1,202 @@
+"""The recipe: sources, merge method and parameters, enough to rebuild a model.
+
+A recipe is data. Its canonical JSON has one form for one meaning, and the digest of that form is
+the recipe's identity. Knows nothing of tensors; which parameters a method takes is checked by
+`evomerge.merging.methods.check`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import SpecError
+from evomerge.merging.values import Value, normalise
+from evomerge.spec import locate, nearest, read_yaml
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A checkpoint: where it lies and, once known, the digest of its contents."""
+
+    path: str
+    digest: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """The digest of the contents where known, so that a moved checkpoint is the same one."""
+        return self.digest or self.path
+
+
+@dataclass(frozen=True)
+class Source:
+    """A fine-tuned model with the parameters that are its own."""
+
+    name: str
+    model: ModelRef
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge. `sources` keep their order (SLERP runs from the first to the second).
+
+    `dtype` is what merged float tensors are rounded to, once; None keeps the base's dtype.
+    `seed` keys the masks of stochastic methods.
+    """
+
+    method: str
+    base: ModelRef | None
+    sources: tuple[Source, ...]
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    dtype: str | None = None
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON data."""
+        return {
+            "method": self.method,
+            "base": _model_json(self.base),
+            "sources": [
+                {
+                    "name": source.name,
+                    **(_model_json(source.model) or {}),
+                    "parameters": {k: normalise(v) for k, v in source.parameters.items()},
+                }
+                for source in self.sources
+            ],
+            "parameters": {k: normalise(v) for k, v in self.parameters.items()},
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Recipe:
+        base = document["base"]
+        return cls(
+            method=document["method"],
+            base=ModelRef(base["path"], base["digest"]) if base else None,
+            sources=tuple(
+                Source(entry["name"], ModelRef(entry["path"], entry["digest"]), entry["parameters"])
+                for entry in document["sources"]
+            ),
+            parameters=document["parameters"],
+            dtype=document["dtype"],
+            seed=document["seed"],
+        )
+
+    def canonical(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, shortest round-trip floats, models by identity."""
+        document = self.to_json()
+        document["base"] = self.base.identity if self.base else None
+        for entry, source in zip(document["sources"], self.sources, strict=True):
+            del entry["path"]
+            entry["digest"] = source.model.identity
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, as 64 hex digits."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+    def with_digests(self, digests: Mapping[str, str]) -> Recipe:
+        """The same recipe with the contents' digests of its models, by path."""
+
+        def known(model: ModelRef) -> ModelRef:
+            return replace(model, digest=digests.get(model.path, model.digest))
+
+        return replace(
+            self,
+            base=known(self.base) if self.base else None,
+            sources=tuple(replace(s, model=known(s.model)) for s in self.sources),
+        )
+
+
+_KEYS = ("method", "base", "sources", "parameters", "dtype", "seed")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file: YAML, or the JSON that `evomerge best` prints.
+
+        method: ties
+        base: zoo/base
+        sources:
+          sort: {path: zoo/sort, weight: 0.8, density: 0.3}
+          reverse: zoo/reverse
+        parameters: {lambda: 1.0}
+
+    Relative paths are taken from the file's folder. Raises SpecError with every problem.
+    """
+    document = read_yaml(path)
+    if not isinstance(document, dict):
+        raise SpecError(str(path), ["a recipe is a mapping with `method`, `base`, `sources`"])
+    faults = [
+        f"unknown key {key!r}{nearest(str(key), _KEYS)}" for key in document if key not in _KEYS
+    ]
+    faults += [f"missing key {key!r}" for key in ("method", "sources") if key not in document]
+    folder = path.resolve().parent
+    sources: tuple[Source, ...] = ()
+    parameters: dict[str, Value] = {}
+    if not faults:
+        sources = tuple(_read_sources(document["sources"], folder, faults))
+        parameters = _read_parameters(document.get("parameters") or {}, "parameters", faults)
+    if faults:
+        raise SpecError(str(path), faults)
+    return Recipe(
+        method=document["method"],
+        base=_read_base(document.get("base"), folder),
+        sources=sources,
+        parameters=parameters,
+        dtype=document.get("dtype"),
+        seed=int(document.get("seed", 0)),
+    )
+
+
+def _model_json(model: ModelRef | None) -> dict[str, Any] | None:
+    return None if model is None else {"path": model.path, "digest": model.digest}
+
+
+def _read_base(entry: Any, folder: Path) -> ModelRef | None:
+    if entry is None:
+        return None
+    if isinstance(entry, Mapping):
+        return ModelRef(locate(entry["path"], folder) or "", entry.get("digest"))
+    return ModelRef(locate(str(entry), folder) or "")
+
+
+def _read_sources(entries: Any, folder: Path, faults: list[str]) -> list[Source]:
+    """Sources as a mapping of names, or as the list that `Recipe.to_json` writes."""
+    if isinstance(entries, list):
+        entries = {
+            e.get("name"): {**(e.get("parameters") or {}), "path": e.get("path")} for e in entries
+        }
+    if not isinstance(entries, Mapping) or not entries:
+        faults.append("sources: expected a mapping of names to paths")
+        return []
+    sources = []
+    for name, entry in entries.items():
+        own = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+        path = own.pop("path", None)
+        if not isinstance(path, str):
+            faults.append(f"sources.{name}: missing key 'path'")
+            continue
+        parameters = _read_parameters(own, f"sources.{name}", faults)
+        sources.append(Source(str(name), ModelRef(locate(path, folder) or path), parameters))
+    return sources
+
+
+def _read_parameters(entries: Any, where: str, faults: list[str]) -> dict[str, Value]:
+    if not isinstance(entries, Mapping):
+        faults.append(f"{where}: expected a mapping")
+        return {}
+    values: dict[str, Value] = {}
+    for name, value in entries.items():
+        try:
+            values[str(name)] = normalise(value)
+        except ValueError as error:
+            faults.append(f"{where}.{name}: {error}")
+    return values

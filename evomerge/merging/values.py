@@ -1,0 +1,110 @@
+"""How a recipe writes a parameter that varies over a model, and what it is for one tensor.
+
+A value is one of
+    0.7                                  the same for every tensor
+    [0.2, 0.9, 0.4]                      a gradient: linear in depth between equally spaced knots
+    {blocks: [0.2, 0.9]}                 steps: equal runs of depth, one value each
+    [{type: mlp, value: V}, {filter: q_proj, value: V}, {value: V}]
+                                         the first rule whose tensor type or name part fits
+Rules may hold gradients and blocks, not rules. Knows nothing of merge methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from evomerge.merging.layout import TENSOR_TYPES, Place
+
+Scalar: TypeAlias = float | bool | str
+Value: TypeAlias = Any  # Scalar | list[float] | {"blocks": [...]} | list[rule]; see the docstring
+
+
+def resolve(value: Value, place: Place) -> Scalar:
+    """The scalar a value takes for the tensor at `place`.
+
+    Raises ValueError where the value has no rule for the tensor.
+    """
+    if isinstance(value, Mapping):
+        return _step(value["blocks"], place.depth)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if value and isinstance(value[0], Mapping):
+            return resolve(_matching(value, place), place)
+        return _gradient(value, place.depth)
+    return value  # type: ignore[no-any-return]
+
+
+def normalise(value: Value) -> Value:
+    """A value in its one canonical form: numbers as floats, -0.0 as 0.0, sequences as lists.
+
+    Raises ValueError that says what is wrong with a malformed value.
+    """
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        number = float(value) + 0.0
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError(f"{value!r} is not a finite number")
+        return number
+    if isinstance(value, Mapping):
+        if set(value) != {"blocks"} or not value["blocks"]:
+            raise ValueError(f"{dict(value)!r}: a mapping here is {{blocks: [values]}}")
+        return {"blocks": [_number(entry) for entry in value["blocks"]]}
+    if isinstance(value, Sequence) and value:
+        if isinstance(value[0], Mapping):
+            return [_rule(rule) for rule in value]
+        return [_number(entry) for entry in value]
+    raise ValueError(f"{value!r} is neither a number, a list of numbers nor a list of rules")
+
+
+def leaves(value: Value) -> list[Scalar]:
+    """Every scalar that occurs in a value, for checking ranges."""
+    if isinstance(value, Mapping):
+        return list(value["blocks"])
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if value and isinstance(value[0], Mapping):
+            return [leaf for rule in value for leaf in leaves(rule["value"])]
+        return list(value)
+    return [value]
+
+
+def _number(entry: object) -> float:
+    number = normalise(entry)
+    if not isinstance(number, float):
+        raise ValueError(f"{entry!r} is not a number")
+    return number
+
+
+def _rule(rule: object) -> dict[str, Any]:
+    if not isinstance(rule, Mapping) or "value" not in rule:
+        raise ValueError(f"{rule!r}: a rule is {{type or filter, value}}")
+    unknown = set(rule) - {"type", "filter", "value"}
+    if unknown or ("type" in rule and "filter" in rule):
+        raise ValueError(f"{dict(rule)!r}: a rule is {{type or filter, value}}")
+    if "type" in rule and rule["type"] not in TENSOR_TYPES:
+        raise ValueError(f"unknown tensor type {rule['type']!r}; known: {', '.join(TENSOR_TYPES)}")
+    inner = normalise(rule["value"])
+    if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+        raise ValueError("a rule cannot hold rules")
+    return {**rule, "value": inner}
+
+
+def _matching(rules: Sequence[Mapping[str, Any]], place: Place) -> Value:
+    for rule in rules:
+        wanted = rule.get("filter", "*")
+        if rule.get("type", place.type) == place.type and (wanted == "*" or wanted in place.name):
+            return rule["value"]
+    raise ValueError(f"no rule fits {place.name}; end the list with a rule that has only a value")
+
+
+def _gradient(knots: Sequence[float], depth: float) -> float:
+    if len(knots) == 1:
+        return knots[0]
+    scaled = depth * (len(knots) - 1)
+    left = min(int(scaled), len(knots) - 2)
+    share = scaled - left
+    return knots[left] * (1 - share) + knots[left + 1] * share
+
+
+def _step(steps: Sequence[float], depth: float) -> float:
+    return steps[min(int(depth * len(steps)), len(steps) - 1)]

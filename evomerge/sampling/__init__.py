@@ -1,0 +1,1 @@
+"""Sampling: what proposes genomes, told how earlier ones did."""

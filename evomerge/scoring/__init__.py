@@ -1,0 +1,1 @@
+"""Scoring: a live model in, a Score out."""

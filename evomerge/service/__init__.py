@@ -1,0 +1,1 @@
+"""The service: the controller's loop and what people see of it."""

@@ -1,0 +1,60 @@
+"""Executors: where attempts run, as the controller sees it.
+
+Only JSON crosses: a job goes out, an event comes back. Knows nothing of stores and samplers; never
+retries, since attempts and their leases are the controller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from evomerge.trial import Failure, Part
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt to run: a recipe to materialise and the part of the items to score it on."""
+
+    token: str
+    recipe: Mapping[str, Any]
+    part: Part
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of a job.
+
+    Exactly one of `score` (JSON of a Score) and `failure` is set. `candidate` tells a bad candidate
+    (the trial fails) from infrastructure trouble (the attempt is retried).
+    """
+
+    token: str
+    worker: str
+    score: Mapping[str, Any] | None = None
+    failure: Failure | None = None
+    candidate: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Runs jobs on workers that may die at any moment."""
+
+    def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Have one worker check a spec against its checkpoints and tasks, before any model is loaded.
+
+        Returns the JSON of an Inspection. Raises the UserError that the worker raised.
+        """
+
+    def free(self) -> int:
+        """How many more jobs can be submitted now without queueing behind another."""
+
+    def submit(self, job: Job) -> None:
+        """Start a job. It is reported by exactly one event, or by none if the executor is closed."""
+
+    def poll(self, timeout_s: float) -> Sequence[Event]:
+        """Events since the last call; waits up to `timeout_s` seconds for the first one."""
+
+    def close(self, *, now: bool) -> None:
+        """End the workers: after their current job, or at once with `now`."""

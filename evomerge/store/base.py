@@ -1,0 +1,164 @@
+"""The contract of a study store.
+
+Each method is one transaction: done whole or not at all, durable on return. Only the controller
+writes. Knows nothing of samplers, executors or models. The clock is passed in (`now`, aware UTC).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A study as it is kept.
+
+    `spec` is the JSON of the StudySpec with its space written out; `inspection` is what was found
+    when the study was created: the digests of the checkpoints, the items of each task with the part
+    each belongs to, and the `scorer_digest` under which scores may be reused.
+    """
+
+    name: str
+    spec: Mapping[str, Any]
+    inspection: Mapping[str, Any]
+    scorer_digest: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Controller:
+    """Who runs a study: a fencing token, and where that process lives."""
+
+    token: str
+    host: str
+    pid: int
+    started: float
+    lease_until: datetime
+
+
+class StudyStore(Protocol):
+    """Studies, trials, attempts and scores.
+
+    A study is named in every call. Every method raises StudyNotFound for an unknown study. A write
+    under a controller token that is no longer the study's raises StudyBusy and changes nothing.
+    """
+
+    def create_study(self, record: StudyRecord) -> None:
+        """Record a new study. Raises StudyChanged if the name is taken."""
+
+    def study(self, name: str) -> StudyRecord:
+        """The study of that name."""
+
+    def studies(self) -> Sequence[StudyRecord]:
+        """Every study, oldest first."""
+
+    def update_spec(self, study: str, spec: Mapping[str, Any], *, controller: str) -> None:
+        """Replace the recorded spec (the caller has checked that only budget or workers differ)."""
+
+    def acquire(
+        self, study: str, controller: Controller, *, now: datetime, force: bool = False
+    ) -> None:
+        """Become the study's controller. In the same transaction every RUNNING attempt of the study
+        is closed as FAIL (WorkerLost: its controller ended) and its trial goes back to WAITING.
+
+        Raises StudyBusy, naming host, pid and the seconds left, while another token's lease is
+        live, unless `force` (the caller knows that the other process is dead).
+        """
+
+    def renew(self, study: str, controller: str, *, lease_until: datetime) -> None:
+        """Extend the controller's lease."""
+
+    def release(self, study: str, controller: str) -> None:
+        """Give the study up at an orderly end."""
+
+    def controller(self, study: str) -> Controller | None:
+        """Who runs the study now, as recorded; None after a release."""
+
+    def create_trials(self, study: str, trials: Sequence[NewTrial], *, controller: str) -> None:
+        """Record trials as WAITING, all or none, before any is dispatched."""
+
+    def trials(self, study: str, *, outcomes: bool = True) -> Sequence[Trial]:
+        """Every trial in the order of numbers, with attempts and scores.
+
+        With `outcomes=False` per-item outcomes are left empty, which is much faster.
+        """
+
+    def trial(self, study: str, number: int) -> Trial:
+        """One trial, with everything."""
+
+    def start_attempt(
+        self,
+        study: str,
+        number: int,
+        part: Part,
+        *,
+        token: str,
+        worker: str | None,
+        now: datetime,
+        lease_until: datetime,
+        controller: str,
+    ) -> Attempt:
+        """Open the next attempt at a trial on a part; for the search part the trial becomes RUNNING.
+
+        Attempt numbers count from 1 for each (trial, part). Raises ValueError if an attempt at that
+        trial and part is open.
+        """
+
+    def finish(
+        self,
+        study: str,
+        token: str,
+        score: Score,
+        values: tuple[float, ...],
+        *,
+        worker: str,
+        seconds: Mapping[str, float],
+        now: datetime,
+        controller: str,
+    ) -> None:
+        """Accept the result of the live attempt `token`, with its outcomes, in one transaction.
+
+        The attempt is COMPLETE; for the search part the trial is COMPLETE with `values`. Raises
+        StaleAttempt (and changes nothing) if the attempt is not open.
+        """
+
+    def fail_attempt(
+        self,
+        study: str,
+        token: str,
+        failure: Failure,
+        *,
+        trial_state: State,
+        worker: str | None,
+        seconds: Mapping[str, float],
+        now: datetime,
+        controller: str,
+    ) -> None:
+        """Close the live attempt `token` as FAIL. `trial_state` is WAITING (to be tried again) or FAIL
+        (the candidate is bad; the trial keeps the failure). Raises StaleAttempt if it is not open.
+        For a part other than search the trial's state is left alone.
+        """
+
+    def reuse(
+        self,
+        study: str,
+        number: int,
+        part: Part,
+        score: Score,
+        values: tuple[float, ...],
+        *,
+        controller: str,
+    ) -> None:
+        """Record a score that the store already held (see `known_score`) for a WAITING trial."""
+
+    def known_score(self, scorer_digest: str, recipe_digest: str, part: Part) -> Score | None:
+        """The score of any trial of any study with that scorer digest, recipe digest and part."""
+
+    def mark_told(self, study: str, orders: Mapping[int, int], *, controller: str) -> None:
+        """Record each trial number's place in the order of tells. Told once, never again: ValueError
+        if a trial already has another place."""
