@@ -1,0 +1,37 @@
+"""Random search: every genome uniform in the unit cube, the baseline of every other sampler.
+
+Learns nothing, so nothing has to wait: knows no results at all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from evomerge.sampling.base import Told
+from evomerge.sampling.generations import GenerationalSampler
+from evomerge.sampling.seeding import derived_seed
+from evomerge.spec import SamplerSpec
+from evomerge.trial import Genome
+
+NO_BARRIER = 2**31 - 1
+
+
+class RandomSampler(GenerationalSampler):
+    """Uniform draws, each a function of (seed, index) alone.
+
+    `population: auto` is one generation without end: no proposal waits for any result. A number
+    is kept to, which only costs workers their time.
+    """
+
+    def __init__(self, spec: SamplerSpec, *, genes: int, objectives: int) -> None:
+        population = NO_BARRIER if spec.population == "auto" else spec.population
+        super().__init__(genes=genes, objectives=objectives, population=population)
+        self._seed = spec.seed
+
+    def _propose(self, index: int) -> Genome:
+        generator = random.Random(derived_seed(self._seed, index))
+        return tuple(generator.random() for _ in range(self._genes))
+
+    def _learn(self, results: Sequence[Told]) -> None:
+        pass
