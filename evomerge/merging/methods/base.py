@@ -73,6 +73,22 @@ class Coefficients:
             total *= length
         return total
 
+    def floats(self, name: str) -> tuple[float, ...]:
+        """A float parameter of source scope, for every source [s]."""
+        return tuple(float(value) for value in self.source[name])
+
+    def number(self, name: str) -> float:
+        """A float parameter of recipe scope."""
+        return float(self.recipe[name])
+
+    def flag(self, name: str) -> bool:
+        """A bool parameter of recipe scope."""
+        return bool(self.recipe[name])
+
+    def choice(self, name: str) -> str:
+        """A choice parameter of recipe scope."""
+        return str(self.recipe[name])
+
 
 Blocks = Callable[[], Iterator[Block]]
 """Streams a tensor's blocks from the start; may be called more than once."""

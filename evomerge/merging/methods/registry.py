@@ -1,0 +1,150 @@
+"""The merge methods by name, and what a recipe's parameters mean to them.
+
+Checks recipes as far as text alone can be checked and resolves a recipe's parameters for one
+tensor. Opens no checkpoint and does no tensor maths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from evomerge.errors import MergeError
+from evomerge.merging.layout import Place
+from evomerge.merging.methods.base import Coefficients, MergeMethod, Parameter
+from evomerge.merging.methods.linear import Linear
+from evomerge.merging.methods.task_arithmetic import TaskArithmetic
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.values import Scalar, Value, leaves, normalise, resolve
+from evomerge.spec import nearest
+
+METHODS: Mapping[str, MergeMethod] = MappingProxyType(
+    {method.name: method for method in (Linear(), TaskArithmetic())}
+)
+
+
+def get(name: str) -> MergeMethod:
+    """The method of that name. Raises MergeError that suggests the nearest known one."""
+    if name not in METHODS:
+        raise MergeError(_unknown_method(name))
+    return METHODS[name]
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Every problem of a recipe, one plain line each; an empty list for a recipe that is fine.
+
+    A parameter of source scope may stand at recipe level: it is the default of all sources.
+    """
+    if recipe.method not in METHODS:
+        return [_unknown_method(recipe.method)]
+    method = METHODS[recipe.method]
+    faults = list(_model_faults(recipe, method))
+    known = {parameter.name: parameter for parameter in method.parameters}
+    for name, value in recipe.parameters.items():
+        faults += _faults(f"parameters.{name}", name, value, known, method)
+    own = {name: parameter for name, parameter in known.items() if parameter.scope == "source"}
+    for source in recipe.sources:
+        for name, value in source.parameters.items():
+            where = f"sources.{source.name}.{name}"
+            if name in known and name not in own:
+                faults.append(f"{where}: {name!r} belongs to the recipe; put it under `parameters`")
+            else:
+                faults += _faults(where, name, value, own, method)
+    return faults
+
+
+def coefficients(recipe: Recipe, place: Place, shape: tuple[int, ...]) -> Coefficients:
+    """Every parameter of a recipe's method, resolved for the tensor at `place`.
+
+    A source's own value wins over the recipe's, the recipe's over the default. Sources are sorted
+    by name. Raises MergeError where a value has no rule for the tensor.
+    """
+    method = get(recipe.method)
+    order = sorted(range(len(recipe.sources)), key=lambda index: recipe.sources[index].name)
+    source: dict[str, tuple[Scalar, ...]] = {}
+    shared: dict[str, Scalar] = {}
+    for parameter in method.parameters:
+        value = recipe.parameters.get(parameter.name, parameter.default)
+        if parameter.scope == "recipe":
+            shared[parameter.name] = _resolve(parameter.name, value, place)
+        else:
+            source[parameter.name] = tuple(
+                _resolve(
+                    parameter.name,
+                    recipe.sources[index].parameters.get(parameter.name, value),
+                    place,
+                )
+                for index in order
+            )
+    return Coefficients(
+        tensor=place.name,
+        shape=shape,
+        names=tuple(recipe.sources[index].name for index in order),
+        order=tuple(order),
+        source=source,
+        recipe=shared,
+        seed=recipe.seed,
+    )
+
+
+def _unknown_method(name: str) -> str:
+    return f"unknown merge method {name!r}{nearest(name, METHODS)}"
+
+
+def _model_faults(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
+    if method.needs_base and recipe.base is None:
+        yield f"{method.name} merges task vectors and needs a `base`"
+    count, least, most = len(recipe.sources), method.min_sources, method.max_sources
+    if count < least or (most is not None and count > most):
+        wanted = f"exactly {least}" if most == least else f"at least {least}"
+        yield f"{method.name} merges {wanted} source{'s' * (least != 1)}, the recipe has {count}"
+    names = [source.name for source in recipe.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"source {name!r} is listed twice; give each source a name of its own"
+
+
+def _faults(
+    where: str,
+    name: str,
+    value: Value,
+    known: Mapping[str, Parameter],
+    method: MergeMethod,
+) -> Iterator[str]:
+    if name not in known:
+        yield f"{where}: {method.name} has no parameter {name!r}{nearest(name, known)}"
+        return
+    try:
+        scalars = leaves(normalise(value))
+    except ValueError as error:
+        yield f"{where}: {error}"
+        return
+    for scalar in dict.fromkeys(scalars):
+        fault = _scalar_fault(known[name], scalar)
+        if fault:
+            yield f"{where}: {fault}"
+
+
+def _scalar_fault(parameter: Parameter, value: Scalar) -> str | None:
+    if parameter.kind == "bool":
+        return None if isinstance(value, bool) else f"expected true or false, got {value!r}"
+    if parameter.kind == "choice":
+        if value in parameter.choices:
+            return None
+        return f"expected one of {', '.join(parameter.choices)}, got {value!r}"
+    if isinstance(value, bool | str):
+        return f"expected a number, got {value!r}"
+    low, high = parameter.low, parameter.high
+    if (low is not None and value < low) or (high is not None and value > high):
+        return f"{value:g} is outside [{_bound(low, '-∞')}, {_bound(high, '∞')}]"
+    return None
+
+
+def _bound(value: float | None, unbounded: str) -> str:
+    return unbounded if value is None else f"{value:g}"
+
+
+def _resolve(name: str, value: Value, place: Place) -> Scalar:
+    try:
+        return resolve(value, place)
+    except ValueError as error:
+        raise MergeError(f"parameter {name!r}: {error}") from None
