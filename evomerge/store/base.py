@@ -1,7 +1,9 @@
 """The contract of a study store.
 
-Each method is one transaction: done whole or not at all, durable on return. Only the controller
-writes. Knows nothing of samplers, executors or models. The clock is passed in (`now`, aware UTC).
+Each method is one transaction: done whole or not at all, and on return it outlives the process.
+(A power cut may take the last transactions whole, in order: an earlier state of the study is left.)
+Only the controller writes. Knows nothing of samplers, executors or models. The clock is passed in
+(`now`, aware UTC). `evomerge.testing.store_contract` tests every sentence here.
 """
 
 from __future__ import annotations
@@ -44,8 +46,14 @@ class Controller:
 class StudyStore(Protocol):
     """Studies, trials, attempts and scores.
 
-    A study is named in every call. Every method raises StudyNotFound for an unknown study. A write
-    under a controller token that is no longer the study's raises StudyBusy and changes nothing.
+    A study is named in every call. Every method raises StudyNotFound for an unknown study and
+    ValueError for an unknown trial number. A write under a controller token that is no longer the
+    study's raises StudyBusy and changes nothing; so a released study is written by nobody, while a
+    lease that lapsed unnoticed still holds until another controller takes over.
+
+    Every float comes back bit for bit, in genomes, values and outcomes, -0.0 and subnormals too.
+    NaN is kept among outcomes; a NaN stderr comes back as None; NaN among `values` or as a task's
+    value raises ValueError, since that candidate failed. What is returned is not to be changed.
     """
 
     def create_study(self, record: StudyRecord) -> None:
@@ -64,10 +72,11 @@ class StudyStore(Protocol):
         self, study: str, controller: Controller, *, now: datetime, force: bool = False
     ) -> None:
         """Become the study's controller. In the same transaction every RUNNING attempt of the study
-        is closed as FAIL (WorkerLost: its controller ended) and its trial goes back to WAITING.
+        is closed as FAIL (WorkerLost: its controller ended) and a RUNNING trial goes back to WAITING.
 
         Raises StudyBusy, naming host, pid and the seconds left, while another token's lease is
-        live, unless `force` (the caller knows that the other process is dead).
+        live, unless `force` (the caller knows that the other process is dead). Of any number of
+        processes that try at once without `force`, one succeeds.
         """
 
     def renew(self, study: str, controller: str, *, lease_until: datetime) -> None:
@@ -80,7 +89,10 @@ class StudyStore(Protocol):
         """Who runs the study now, as recorded; None after a release."""
 
     def create_trials(self, study: str, trials: Sequence[NewTrial], *, controller: str) -> None:
-        """Record trials as WAITING, all or none, before any is dispatched."""
+        """Record trials as WAITING, all or none, before any is dispatched.
+
+        Raises ValueError if one of the numbers is taken.
+        """
 
     def trials(self, study: str, *, outcomes: bool = True) -> Sequence[Trial]:
         """Every trial in the order of numbers, with attempts and scores.
@@ -103,10 +115,11 @@ class StudyStore(Protocol):
         lease_until: datetime,
         controller: str,
     ) -> Attempt:
-        """Open the next attempt at a trial on a part; for the search part the trial becomes RUNNING.
+        """Open the next attempt at a trial on a part; for the search part the trial turns RUNNING.
 
         Attempt numbers count from 1 for each (trial, part). Raises ValueError if an attempt at that
-        trial and part is open.
+        trial and part is open, if the part is scored already, or, for the search part, if the trial
+        is not WAITING.
         """
 
     def finish(
@@ -123,8 +136,9 @@ class StudyStore(Protocol):
     ) -> None:
         """Accept the result of the live attempt `token`, with its outcomes, in one transaction.
 
-        The attempt is COMPLETE; for the search part the trial is COMPLETE with `values`. Raises
-        StaleAttempt (and changes nothing) if the attempt is not open.
+        The attempt is COMPLETE; for the search part the trial is COMPLETE with `values`, for another
+        part `values` are not kept. Raises StaleAttempt (and changes nothing) if the attempt is not
+        open.
         """
 
     def fail_attempt(
@@ -139,9 +153,11 @@ class StudyStore(Protocol):
         now: datetime,
         controller: str,
     ) -> None:
-        """Close the live attempt `token` as FAIL. `trial_state` is WAITING (to be tried again) or FAIL
-        (the candidate is bad; the trial keeps the failure). Raises StaleAttempt if it is not open.
-        For a part other than search the trial's state is left alone.
+        """Close the live attempt `token` as FAIL.
+
+        `trial_state` is WAITING (to be tried again) or FAIL (the candidate is bad; the trial keeps
+        the failure), else ValueError. For a part other than search the trial is left alone. A
+        `worker` of None leaves the one named at the start. Raises StaleAttempt if it is not open.
         """
 
     def reuse(
@@ -154,11 +170,21 @@ class StudyStore(Protocol):
         *,
         controller: str,
     ) -> None:
-        """Record a score that the store already held (see `known_score`) for a WAITING trial."""
+        """Record a score that the store already held (see `known_score`), as `finish` does but with
+        no attempt. Raises ValueError where `start_attempt` would.
+        """
 
     def known_score(self, scorer_digest: str, recipe_digest: str, part: Part) -> Score | None:
-        """The score of any trial of any study with that scorer digest, recipe digest and part."""
+        """The score, with outcomes, of the first trial of any study with that scorer digest, recipe
+        digest and part; None if there is none.
+        """
 
     def mark_told(self, study: str, orders: Mapping[int, int], *, controller: str) -> None:
-        """Record each trial number's place in the order of tells. Told once, never again: ValueError
-        if a trial already has another place."""
+        """Record each trial number's place in the order of tells, all or none.
+
+        Told once, never again: ValueError if a trial already has another place, or another trial
+        that place. The same place again changes nothing.
+        """
+
+    def close(self) -> None:
+        """Let go of connections. The store is not used afterwards."""
