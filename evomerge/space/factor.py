@@ -1,0 +1,158 @@
+"""A factor: one searched number, or one for each source, tensor type or place in depth.
+
+Reads its YAML form, lists its genes and says which genes make its value for one source and one
+tensor type. Knows nothing of recipes or of the merge method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+
+from evomerge.merging.layout import TENSOR_TYPES, TensorType
+from evomerge.space.scales import Scale, bounds_fault, from_unit, to_unit
+from evomerge.spec import nearest
+
+Number = Annotated[float, Strict()]
+# all their tensors lie at one depth, so that a curve over depth would have genes without effect
+_AT_ONE_DEPTH: tuple[TensorType, ...] = ("embedding", "head")
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One coordinate of the genome: its name, bounds, start value and what it does, in words."""
+
+    name: str
+    low: float
+    high: float
+    init: float
+    scale: Scale
+    does: str
+
+    def value(self, u: float) -> float:
+        """The parameter's value at `u` in [0, 1]."""
+        return from_unit(u, low=self.low, high=self.high, scale=self.scale)
+
+    def unit(self, value: float) -> float:
+        """Where in [0, 1] a value of [low, high] lies."""
+        return to_unit(value, low=self.low, high=self.high, scale=self.scale)
+
+
+class Factor(BaseModel):
+    """One factor of a parameter, as a space's YAML writes it.
+
+    `per` names what it differs by. `knots` makes it a gradient over depth, linear between equally
+    spaced knots; `blocks` makes it constant on equal runs of depth. With `per: [type]` it has genes
+    for `types` only, and tensors of other types take `init`. Types that lie at one depth
+    (embedding, head) get one gene in place of a curve.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")] | None = None
+    per: tuple[Literal["source", "type"], ...] = ()
+    types: tuple[str, ...] = ()
+    knots: Annotated[int, Strict(), Field(ge=2, le=64)] | None = None
+    blocks: Annotated[int, Strict(), Field(ge=2, le=64)] | None = None
+    low: Number
+    high: Number
+    init: Number
+    scale: Scale = "linear"
+
+    @field_validator("per", mode="before")
+    @classmethod
+    def _bare_word(cls, per: object) -> object:
+        return (per,) if isinstance(per, str) else per
+
+    @field_validator("types")
+    @classmethod
+    def _known_types(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        faults = [f"unknown type {t!r}{nearest(t, TENSOR_TYPES)}" for t in types if t not in _TYPES]
+        faults += [f"type {t!r} is listed twice" for t in sorted(set(types)) if types.count(t) > 1]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return types
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Factor:
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _faults(self) -> Iterator[str]:
+        if self.low >= self.high:
+            yield f"low must be below high, got low {self.low:g} and high {self.high:g}"
+        elif not self.low <= self.init <= self.high:
+            yield f"init {self.init:g} lies outside [{self.low:g}, {self.high:g}]"
+        elif fault := bounds_fault(self.low, self.high, self.scale):
+            yield fault
+        if len(set(self.per)) < len(self.per):
+            yield f"per lists {self.per[0]!r} twice"
+        if "type" in self.per and not self.types:
+            yield f"per type needs types: a list of {', '.join(TENSOR_TYPES)}"
+        if "type" not in self.per and self.types:
+            yield "types is given, but per does not hold type"
+        if self.knots and self.blocks:
+            yield "knots and blocks are two ways to vary over depth; give one of them"
+
+    def genes(self, label: str, parameter: str, sources: Sequence[str]) -> list[Gene]:
+        """The factor's genes; `label` starts their names, `parameter` is what they act on."""
+        return [
+            self._gene(label, parameter, source, kind, place)
+            for source in (sources if "source" in self.per else [None])
+            for kind in (self.types if "type" in self.per else [None])
+            for place in self._places(kind)
+        ]
+
+    def course(
+        self, label: str, source: str | None, kind: str | None, values: Mapping[str, float]
+    ) -> list[float]:
+        """The factor's value over depth for one source and one type: one number if constant.
+
+        `values` maps the genes' names to their values; `kind` None stands for all other types.
+        """
+        if "type" in self.per and kind not in self.types:
+            return [self.init]
+        own_source = source if "source" in self.per else None
+        own_kind = kind if "type" in self.per else None
+        places = self._places(own_kind)
+        return [values[_gene_name(label, own_source, own_kind, place)] for place in places]
+
+    def _places(self, kind: str | None) -> list[int | None]:
+        count = self.knots or self.blocks
+        return [None] if count is None or kind in _AT_ONE_DEPTH else list(range(count))
+
+    def _gene(
+        self, label: str, parameter: str, source: str | None, kind: str | None, place: int | None
+    ) -> Gene:
+        words = [
+            parameter,
+            f"of source {source}" if source else "",
+            f"in {kind} tensors" if kind else "",
+            self._depth_words(place),
+        ]
+        name = _gene_name(label, source, kind, place)
+        does = " ".join(word for word in words if word)
+        return Gene(name, self.low, self.high, self.init, self.scale, does)
+
+    def _depth_words(self, place: int | None) -> str:
+        if place is None:
+            return ""
+        if self.knots:
+            depth = place / (self.knots - 1)
+            return {0.0: "at the first layer", 1.0: "at the last layer"}.get(
+                depth, f"at depth {depth:.2g}"
+            )
+        assert self.blocks is not None
+        return f"from depth {place / self.blocks:.2g} to {(place + 1) / self.blocks:.2g}"
+
+
+_TYPES = frozenset(TENSOR_TYPES)
+
+
+def _gene_name(label: str, source: str | None, kind: str | None, place: int | None) -> str:
+    return label + "".join(f"[{key}]" for key in (source, kind, place) if key is not None)
