@@ -1,0 +1,172 @@
+"""One checkpoint, lazily: names, shapes and memory-mapped tensors.
+
+Nothing is read before it is asked for, and what is read stays shared between processes. Knows
+nothing of merging and never writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.files import find_folder, open_weights, read_config
+from evomerge.checkpoints.tying import tied_pairs
+from evomerge.errors import MissingTensor
+
+Progress = Callable[[float], None]
+"""Told the fraction done, from 0 to 1."""
+
+# What may differ between two copies of one model.
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over all bytes tells: the digest, and which tensors hold NaN or infinity."""
+
+    digest: str
+    non_finite: tuple[str, ...]
+
+
+class Checkpoint:
+    """A model on disk. `path` is what the user called it, `folder` where it lies.
+
+    A weight that is tied to another is known under one name, the canonical one, wherever the
+    checkpoint stores it: `names` holds canonical names only, `tied_names` maps the others to them.
+    """
+
+    def __init__(self, path: str, folder: Path, config: dict[str, Any], files: dict[str, Any]):
+        self.path = path
+        self.folder = folder
+        self.config = config
+        self._files = files
+
+    @classmethod
+    def open(cls, path: str) -> Checkpoint:
+        """Open a folder, or a model on the hub by its id.
+
+        Raises CheckpointError, naming the file that is missing or broken; PickleRefused.
+        """
+        folder = find_folder(path)
+        return cls(path, folder, read_config(folder), open_weights(folder))
+
+    @cached_property
+    def tied_names(self) -> Mapping[str, str]:
+        """Canonical name by alias, for every weight that shares another one's values."""
+        pairs = tied_pairs(self.config, self.folder)
+        tied = {}
+        for target, source in pairs.items():
+            if source not in self._files:
+                target, source = source, target
+            if source in self._files and self._equal(target, source):
+                tied[target] = source
+        return tied
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted, each tied weight once."""
+        return tuple(sorted(set(self._files) - set(self.tied_names)))
+
+    @cached_property
+    def non_float_names(self) -> tuple[str, ...]:
+        """Names of the tensors that hold integers or booleans: these are never merged."""
+        return tuple(n for n in self.names if not self.tensor(n).is_floating_point())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files or name in self.tied_names
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file: costs no memory. Read only: a write would corrupt later reads.
+
+        Raises MissingTensor.
+        """
+        file = self._files.get(name)
+        if file is None:
+            canonical = self.tied_names.get(name)
+            if canonical is None:
+                raise MissingTensor(f"{name}: not in checkpoint {self.path}")
+            name, file = canonical, self._files[canonical]
+        view: Tensor = file.get_tensor(name)
+        return view
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self.tensor(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor as stored."""
+        return self.tensor(name).dtype
+
+    def blocks(self, name: str, size: int) -> Iterator[Tensor]:
+        """The elements of a tensor in flat order as float32, `size` at a time, in fresh memory."""
+        for block in _cut(self.tensor(name), size):
+            yield block.to(torch.float32, copy=True)
+
+    def scan(self, progress: Progress | None = None) -> Scan:
+        """Read every byte once: digest of the contents, and tensors with NaN or infinity.
+
+        The digest is a SHA-256 of config, tokenizer and every tensor's name, dtype, shape and
+        bytes. How the weights are cut into shards, and where they lie, does not change it.
+        """
+        if "_scanned" not in self.__dict__:
+            self._scanned = self._scan(progress or (lambda fraction: None))
+        return self._scanned
+
+    def digest(self) -> str:
+        """SHA-256 of the contents, as 64 hex digits; see `scan`."""
+        return self.scan().digest
+
+    def _scan(self, progress: Progress) -> Scan:
+        total = sum(self.tensor(name).nbytes for name in self.names) or 1
+        done, bad, sha = 0, [], hashlib.sha256(self._preamble())
+        for name in self.names:
+            tensor = self.tensor(name)
+            sha.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+            finite = True
+            for chunk in _cut(tensor, _CHUNK):
+                sha.update(chunk.view(torch.uint8).numpy().data)
+                finite = finite and is_finite(chunk)
+                done += chunk.nbytes
+                progress(done / total)
+            if not finite:
+                bad.append(name)
+        return Scan(sha.hexdigest(), tuple(bad))
+
+    def _preamble(self) -> bytes:
+        config = {key: value for key, value in self.config.items() if key not in _VOLATILE}
+        tokenizer = self.folder / "tokenizer.json"
+        contents = tokenizer.read_bytes() if tokenizer.exists() else b""
+        parts = (json.dumps(config, sort_keys=True).encode(), hashlib.sha256(contents).digest())
+        return b"\0".join(parts)
+
+    def _equal(self, target: str, source: str) -> bool:
+        """Whether a checkpoint that stores both weights of a tied pair stores them equal.
+
+        Where they differ, transformers does not tie them, whatever the config says.
+        """
+        if target not in self._files:
+            return True
+        one, other = (self._files[name].get_tensor(name) for name in (target, source))
+        return torch.equal(one, other)
+
+
+def _cut(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    flat = tensor.reshape(-1)
+    return (flat[start : start + size] for start in range(0, len(flat), size))
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinity; integers always are."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    low, high = torch.aminmax(values)  # one pass without temporaries; NaN propagates
+    return bool(torch.isfinite(low) & torch.isfinite(high))
