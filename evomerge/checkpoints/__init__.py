@@ -2,3 +2,7 @@
 
 Knows nothing of recipes, merge methods or live models.
 """
+
+from evomerge.checkpoints.checkpoint import Checkpoint, Scan
+
+__all__ = ["Checkpoint", "Scan"]

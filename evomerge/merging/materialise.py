@@ -7,15 +7,16 @@ parameters did not change since the last write are left alone. Knows nothing of 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.errors import MergeError, MissingTensor, ShapeMismatch
-from evomerge.merging.merge import BLOCK_SIZE, Merge
+from evomerge.errors import CheckpointError, MergeError, MissingTensor, ShapeMismatch
+from evomerge.merging.merge import BLOCK_SIZE, DTYPES, Merge
 from evomerge.merging.recipe import Recipe
 
 # Older checkpoints hold the rotary frequencies of every layer; models now compute them.
@@ -23,28 +24,41 @@ _STALE = (r"rotary_emb\.inv_freq$",)
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+    checkpoint: Checkpoint, dtype: str | None = None, device: str = "cpu"
 ) -> tuple[torch.nn.Module, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
-    `dtype` None takes the checkpoint's own. Code that comes with a checkpoint is never run.
-    Raises CheckpointError for a model or a tokenizer that transformers cannot load.
+    `dtype` is a name in `merge.DTYPES`; None takes the checkpoint's own. Code that comes with a
+    checkpoint is never run. Raises CheckpointError for what transformers cannot load.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    wanted = DTYPES[dtype] if dtype else "auto"
+    try:
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=wanted, use_safetensors=True, trust_remote_code=False
+            )
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers cannot load it: {reason}"
+        ) from error
+    return model.requires_grad_(False).to(device).eval(), tokenizer
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
     from transformers.utils import logging
 
-    folder = Checkpoint.open(path).folder
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
-        )
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return model.requires_grad_(False).to(device).eval(), tokenizer
 
 
 class Materialiser:
