@@ -20,5 +20,6 @@ class Scorer(Protocol):
     def score(self, part: Part) -> Score:
         """Score the model as it is now. Deterministic: the same weights give the same Score.
 
-        Raises NonFiniteModel when the model computes NaN or infinity, OutOfMemory when it does not fit.
+        Raises NonFiniteModel when the model computes NaN or infinity, OutOfMemory when it does
+        not fit.
         """

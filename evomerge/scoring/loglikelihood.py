@@ -1,0 +1,177 @@
+"""Log-likelihoods of continuations, computed over batches that were prepared once.
+
+Knows nothing of tasks and items: token windows in, (log-likelihood, is greedy) pairs out. Batches
+are composed, padded and rounded as lm-eval's HFLM does, so that ties fall alike; only logits that
+a continuation needs are computed, and equal windows are computed once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evomerge.errors import NonFiniteModel
+
+
+@dataclass(frozen=True)
+class Window:
+    """A continuation to score behind a context, both as token ids; neither is empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def inputs(self, max_length: int) -> tuple[int, ...]:
+        """What the model reads: all but the last token, cut from the left to `max_length`."""
+        return (self.context + self.continuation)[-(max_length + 1) :][:-1]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The continuations of one length in a batch.
+
+    `places` [k, c] index the batch's selected positions, `tokens` [k, c] are the continuations'
+    tokens, `windows` [k] the numbers of the windows they answer.
+    """
+
+    windows: tuple[int, ...]
+    places: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: `inputs` [b, s] padded on the right with 0.
+
+    Only the positions `keep` [p] of every row get logits, of which `rows` [u] and `columns` [u]
+    select those that some continuation needs.
+    """
+
+    inputs: Tensor
+    keep: Tensor
+    rows: Tensor
+    columns: Tensor
+    segments: tuple[Segments, ...]
+
+
+class LoglikelihoodPlan:
+    """Windows in batches, ready to be run against whatever weights a model has.
+
+    Sorting (longest first, then by token ids) and sharing of rows are HFLM's
+    (`_loglikelihood_tokens` of lm-eval 0.4.13).
+    """
+
+    def __init__(
+        self, windows: Sequence[Window], *, batch_size: int, max_length: int, device: torch.device
+    ) -> None:
+        self._count = len(windows)
+        rows = _rows(windows, max_length)
+        longest = {key: max((windows[i] for i in shared), key=_reach) for key, shared in rows}
+        rows.sort(key=lambda row: _sort_key(longest[row[0]]))
+        self._batches = [
+            _batch(rows[start : start + batch_size], windows, device)
+            for start in range(0, len(rows), batch_size)
+        ]
+
+    def run(self, model: Any) -> list[tuple[float, bool]]:
+        """One (log-likelihood, is greedy) for each window. Raises NonFiniteModel."""
+        answers: list[tuple[float, bool]] = [(0.0, False)] * self._count
+        slices_logits = accepts_logits_to_keep(model)
+        for batch in self._batches:
+            for windows, sums, greedy in _run(batch, model, slices_logits):
+                for window, value, match in zip(windows, sums, greedy, strict=True):
+                    answers[window] = (value, match)
+        return answers
+
+
+def accepts_logits_to_keep(model: Any) -> bool:
+    """Whether the model can compute the logits of chosen positions only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise NonFiniteModel where logits hold NaN or infinity."""
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteModel(
+            "the merged model computes NaN or infinity on the task's items; "
+            "its coefficients are probably far outside those of the sources"
+        )
+
+
+def _reach(window: Window) -> int:
+    return len(window.continuation)
+
+
+def _sort_key(window: Window) -> tuple[int, tuple[int, ...]]:
+    tokens = window.context + window.continuation
+    return -len(tokens), tokens
+
+
+def _rows(
+    windows: Sequence[Window], max_length: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Distinct model inputs, each with the numbers of the windows it answers."""
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for number, window in enumerate(windows):
+        shared.setdefault(window.inputs(max_length), []).append(number)
+    return [(key, tuple(numbers)) for key, numbers in shared.items()]
+
+
+def _batch(
+    rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    windows: Sequence[Window],
+    device: torch.device,
+) -> Batch:
+    length = max(len(tokens) for tokens, _ in rows)
+    inputs = torch.zeros(len(rows), length, dtype=torch.long)
+    first = min(len(tokens) - _reach(windows[i]) for tokens, shared in rows for i in shared)
+    selected: dict[tuple[int, int], int] = {}
+    by_length: dict[int, list[tuple[int, list[int]]]] = {}
+    for row, (tokens, shared) in enumerate(rows):
+        inputs[row, : len(tokens)] = torch.tensor(tokens)
+        for number in shared:
+            reach = _reach(windows[number])
+            columns = range(len(tokens) - reach - first, len(tokens) - first)
+            places = [selected.setdefault((row, column), len(selected)) for column in columns]
+            by_length.setdefault(reach, []).append((number, places))
+    kept = max(column for _, column in selected) + 1
+    return Batch(
+        inputs=inputs.to(device),
+        keep=torch.arange(first, first + kept, device=device),
+        rows=torch.tensor([row for row, _ in selected], device=device),
+        columns=torch.tensor([column for _, column in selected], device=device),
+        segments=tuple(_segments(group, windows, device) for group in by_length.values()),
+    )
+
+
+def _segments(
+    group: Sequence[tuple[int, list[int]]], windows: Sequence[Window], device: torch.device
+) -> Segments:
+    return Segments(
+        windows=tuple(number for number, _ in group),
+        places=torch.tensor([places for _, places in group], device=device),
+        tokens=torch.tensor([windows[number].continuation for number, _ in group], device=device),
+    )
+
+
+def _run(
+    batch: Batch, model: Any, slices_logits: bool
+) -> Iterator[tuple[tuple[int, ...], list[float], list[bool]]]:
+    if slices_logits:
+        logits = model(batch.inputs, use_cache=False, logits_to_keep=batch.keep).logits
+    else:
+        logits = model(batch.inputs).logits[:, batch.keep]
+    logits = logits[batch.rows, batch.columns]  # [u, vocabulary]
+    check_finite(logits)
+    # in the model's own dtype, as HFLM: in bfloat16 the rounding decides between near choices
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    greedy = log_probabilities.argmax(dim=-1)  # [u]
+    for segments in batch.segments:
+        values = log_probabilities[segments.places, segments.tokens]  # [k, c]
+        matches = (greedy[segments.places] == segments.tokens).all(dim=-1)
+        yield segments.windows, values.sum(dim=-1).float().tolist(), matches.tolist()
