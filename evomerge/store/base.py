@@ -71,8 +71,10 @@ class StudyStore(Protocol):
     def acquire(
         self, study: str, controller: Controller, *, now: datetime, force: bool = False
     ) -> None:
-        """Become the study's controller. In the same transaction every RUNNING attempt of the study
-        is closed as FAIL (WorkerLost: its controller ended) and a RUNNING trial goes back to WAITING.
+        """Become the study's controller.
+
+        In the same transaction every RUNNING attempt of the study is closed as FAIL (WorkerLost:
+        its controller ended) and every RUNNING trial goes back to WAITING.
 
         Raises StudyBusy, naming host, pid and the seconds left, while another token's lease is
         live, unless `force` (the caller knows that the other process is dead). Of any number of
@@ -136,9 +138,8 @@ class StudyStore(Protocol):
     ) -> None:
         """Accept the result of the live attempt `token`, with its outcomes, in one transaction.
 
-        The attempt is COMPLETE; for the search part the trial is COMPLETE with `values`, for another
-        part `values` are not kept. Raises StaleAttempt (and changes nothing) if the attempt is not
-        open.
+        The attempt is COMPLETE; for the search part the trial is COMPLETE with `values`; for other
+        parts `values` are not kept. Raises StaleAttempt (and changes nothing) if it is not open.
         """
 
     def fail_attempt(
