@@ -14,6 +14,14 @@ from evomerge.trial import Failure, Part
 
 
 @dataclass(frozen=True)
+class Setup:
+    """What a worker needs before its first job: the spec, its space left out, as JSON."""
+
+    spec: Mapping[str, Any]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Job:
     """One attempt to run: a recipe to materialise and the part of the items to score it on."""
 
@@ -47,11 +55,18 @@ class Executor(Protocol):
         Returns the JSON of an Inspection. Raises the UserError that the worker raised.
         """
 
+    def prepare(self, setup: Setup) -> None:
+        """Tell every worker, present and to come, what it will be scoring. Comes before any submit."""
+
     def free(self) -> int:
         """How many more jobs can be submitted now without queueing behind another."""
 
     def submit(self, job: Job) -> None:
         """Start a job. It is reported by exactly one event, or by none if the executor is closed."""
+
+    def cancel(self, token: str) -> None:
+        """Give up on a job whose lease lapsed: end its worker. No event follows; a token that is
+        not running is ignored."""
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """Events since the last call; waits up to `timeout_s` seconds for the first one."""

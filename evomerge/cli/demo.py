@@ -1,0 +1,65 @@
+"""`evomerge demo`: the whole job on tiny experts that are trained on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evomerge.cli.options import AsJson
+from evomerge.cli.run import show_report
+from evomerge.cli.running import run_study
+from evomerge.cli.zoo import build_with_bar
+from evomerge.spec import StudySpec
+
+_SPEC = """\
+# Written by `evomerge demo`. `evomerge run {path} --store {store}` does the same.
+name: demo-{seed}
+base: {zoo}/base
+sources:
+{sources}
+space: {space}
+objective:
+  include_path: {zoo}/tasks
+  tasks: [{tasks}]
+sampler: {{name: cmaes, seed: {seed}}}
+budget: {{trials: {trials}}}
+workers: {{count: {workers}}}
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command()(demo)
+
+
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("demo"),
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Candidates to search.")] = 160,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    json: AsJson = False,
+) -> None:
+    """Train a base and four experts, search for the best merge, compare it on unseen items.
+
+    Stop it whenever you like: the same command goes on where it was.
+    """
+    directory = directory.resolve()
+    zoo = build_with_bar(directory / f"zoo-{seed}", seed)
+    path, store = directory / f"study-{seed}.yaml", f"sqlite:///{directory / 'evomerge.db'}"
+    path.write_text(
+        _SPEC.format(
+            path=path,
+            store=store,
+            seed=seed,
+            zoo=zoo.directory.name,
+            sources="\n".join(f"  {name}: {zoo.directory.name}/{name}" for name in zoo.sources),
+            tasks=", ".join(zoo.sources),
+            space="source_depth",
+            trials=trials,
+            workers=min(2, os.cpu_count() or 1),
+        ),
+        encoding="utf-8",
+    )
+    show_report(run_study(StudySpec.load(path), store, "local"), store, json=json)

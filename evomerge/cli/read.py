@@ -1,0 +1,223 @@
+"""The commands that only read a store: status, trials, best (and its export), report."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json
+from evomerge.errors import UserError
+from evomerge.service.progress import Progress
+from evomerge.service.standing import standing
+from evomerge.spec import StudySpec
+from evomerge.store import open_store
+from evomerge.store.base import StudyRecord
+from evomerge.trial import Score, Trial
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="The study's name.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command()(status)
+    app.command()(trials)
+    app.command()(best)
+    app.command()(report)
+
+
+def status(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]")] = None,
+    store: Store = DEFAULT_STORE,
+    json: AsJson = False,
+) -> None:
+    """Where every study stands, or one of them."""
+    opened = open_store(store, create=False)
+    records = [opened.study(study)] if study else list(opened.studies())
+    rows = [_status(record, opened.trials(record.name, outcomes=False)) for record in records]
+    for row, record in zip(rows, records, strict=True):
+        row["controller"] = _holder(opened.controller(record.name))
+    if json:
+        print_json(rows[0] if study else rows)
+    elif rows:
+        _print(["study", "phase", "trials", "failed", "best", "controller"], [
+            [r["study"], r["phase"], f"{r['trials']['finished']}/{r['trials']['budget']}",
+             str(r["trials"]["failed"]), _number(r["best"]), r["controller"] or "none running"]
+            for r in rows
+        ])  # fmt: skip
+    else:
+        typer.echo("no studies in this store", err=True)
+
+
+def trials(study: StudyName, store: Store = DEFAULT_STORE, json: AsJson = False) -> None:
+    """Every trial of a study: state, genome, scores, attempts, seconds."""
+    opened = open_store(store, create=False)
+    record = opened.study(study)
+    weights = _weights(record)
+    rows = [trial_json(trial, weights) for trial in opened.trials(study, outcomes=False)]
+    if json:
+        print_json(rows)
+        return
+    _print(["number", "kind", "label", "state", "search mean", "attempts", "seconds"], [
+        [str(r["number"]), r["kind"], r["label"], r["state"],
+         _number((r["scores"].get("search") or {}).get("mean")), str(r["attempts"]),
+         f"{r['seconds']:.2f}"]
+        for r in rows
+    ])  # fmt: skip
+
+
+def best(
+    study: StudyName,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Write the winner's checkpoint.")
+    ] = None,
+    store: Store = DEFAULT_STORE,
+    json: AsJson = False,
+) -> None:
+    """The winner so far, its recipe and scores; with --export its checkpoint."""
+    from evomerge.service.report import build_report
+
+    opened = open_store(store, create=False)
+    found = build_report(opened.study(study), opened.trials(study))
+    candidate = found.winner or found.leader
+    if candidate is None:
+        raise UserError(f"study {study!r} has no scored trial yet; `evomerge status {study}`")
+    if export is not None:
+        _export(candidate.trial, export)
+    document = {**candidate.to_full_json(), "final": found.finished}
+    if json:
+        print_json(document)
+        return
+    rank = "winner" if found.finished else "best so far, on the search items alone"
+    typer.echo(f"trial {candidate.trial.number} ({rank})\nrecipe {candidate.trial.recipe_digest}")
+    for part, score in candidate.trial.scores.items():
+        values = ", ".join(f"{name} {task.value:.4f}" for name, task in score.tasks.items())
+        typer.echo(f"{part}: {values}")
+    print_json(candidate.trial.recipe)
+
+
+def report(
+    study: StudyName,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where the page goes.")
+    ] = None,
+    store: Store = DEFAULT_STORE,
+    json: AsJson = False,
+) -> None:
+    """One self-contained HTML page: the history, the comparison, the winner's coefficients."""
+    from evomerge.service.report import build_report
+    from evomerge.service.report_page import render
+
+    opened = open_store(store, create=False)
+    record, rows = opened.study(study), opened.trials(study)
+    found = build_report(record, rows)
+    if json:
+        print_json(found.to_json())
+    if output is None and json:
+        return
+    path = output or Path(f"{study}.html")
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        aside.write_text(render(found, record, rows), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    typer.echo(f"wrote {path}", err=True)
+
+
+def trial_json(trial: Trial, weights: dict[str, float]) -> dict[str, Any]:
+    """One trial as plain JSON; `attempts` counts those at the search items, `executions` lists all."""
+    searched = [attempt for attempt in trial.attempts if attempt.part == "search"]
+    return {
+        "number": trial.number,
+        "kind": trial.kind,
+        "label": trial.label,
+        "state": trial.state.value,
+        "genome": None if trial.genome is None else list(trial.genome),
+        "recipe_digest": trial.recipe_digest,
+        "values": None if trial.values is None else list(trial.values),
+        "scores": {part: score_json(score, weights) for part, score in trial.scores.items()},
+        "attempts": len(searched),
+        "seconds": trial.seconds,
+        "tell_order": trial.tell_order,
+        "error": None
+        if trial.failure is None
+        else f"{trial.failure.error}: {trial.failure.message}",
+        "executions": [
+            {
+                "part": attempt.part,
+                "number": attempt.number,
+                "state": attempt.state.value,
+                "worker": attempt.worker,
+                "started_at": attempt.started_at.isoformat(),
+                "seconds": dict(attempt.seconds),
+                "error": attempt.failure and f"{attempt.failure.error}: {attempt.failure.message}",
+            }
+            for attempt in trial.attempts
+        ],
+    }
+
+
+def score_json(score: Score, weights: dict[str, float]) -> dict[str, float]:
+    """A score as {task: value, ..., "mean": weighted mean}."""
+    values = {name: score.tasks[name].value for name in weights}
+    total = sum(weights.values())
+    return {**values, "mean": sum(w * values[name] for name, w in weights.items()) / total}
+
+
+def _status(record: StudyRecord, rows: Any) -> dict[str, Any]:
+    spec = StudySpec.model_validate(record.spec)
+    now: Progress = standing(spec, rows)
+    states = Counter(trial.state.value for trial in rows)
+    return {
+        "study": record.name,
+        "phase": "done" if _done(now) else now.phase,
+        "trials": {
+            "finished": now.trials_done,
+            "budget": spec.budget.trials,
+            "failed": now.failed,
+            "states": dict(states),
+        },
+        "best": None if now.best is None else now.best.mean,
+        "baselines": {entry.label: entry.mean for entry in now.baselines},
+        "created_at": record.created_at.isoformat(),
+    }
+
+
+def _done(now: Progress) -> bool:
+    return now.phase == "report" and 0 < now.evaluations_done == now.evaluations_total
+
+
+def _holder(controller: Any) -> str | None:
+    return None if controller is None else f"{controller.host}, process {controller.pid}"
+
+
+def _weights(record: StudyRecord) -> dict[str, float]:
+    return {task["task"]: task["weight"] for task in record.spec["objective"]["tasks"]}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _export(trial: Trial, directory: Path) -> None:
+    from evomerge.cli.checkpoints import export_recipe
+    from evomerge.merging.recipe import Recipe
+
+    export_recipe(Recipe.from_json(trial.recipe), directory)
+
+
+def _print(header: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in header:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=sys.stdout)
+    console.print(table, soft_wrap=not console.is_terminal)

@@ -1,0 +1,80 @@
+"""`evomerge run` and `evomerge resume`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json
+from evomerge.cli.running import run_study
+from evomerge.service.report import Report
+from evomerge.service.report_table import final_table, sentences
+from evomerge.spec import StudySpec
+from evomerge.store import open_store
+
+ExecutorName = Annotated[
+    str, typer.Option("--executor", metavar="NAME", help="Where attempts run: local or ray.")
+]
+WorkerCount = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Workers at once; the spec's by default.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command()(run)
+    app.command()(resume)
+
+
+def run(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The study's spec.")],
+    store: Store = DEFAULT_STORE,
+    executor: ExecutorName = "local",
+    workers: WorkerCount = None,
+    json: AsJson = False,
+) -> None:
+    """Create a study, or go on with it, and run it to its end."""
+    report = run_study(with_workers(StudySpec.load(spec), workers), store, executor)
+    show_report(report, store, json=json)
+
+
+def resume(
+    study: Annotated[str, typer.Argument(help="The study's name.")],
+    store: Store = DEFAULT_STORE,
+    executor: ExecutorName = "local",
+    workers: WorkerCount = None,
+    json: AsJson = False,
+) -> None:
+    """Go on with a study where it was, from the spec that the store keeps."""
+    record = open_store(store, create=False).study(study)
+    spec = StudySpec.model_validate(record.spec)
+    show_report(run_study(with_workers(spec, workers), store, executor), store, json=json)
+
+
+def with_workers(spec: StudySpec, count: int | None) -> StudySpec:
+    """The spec with another number of workers; it changes the wall time and nothing else."""
+    if count is None:
+        return spec
+    return spec.model_copy(update={"workers": spec.workers.model_copy(update={"count": count})})
+
+
+def show_report(report: Report, store: str, *, json: bool) -> None:
+    """The final table on standard output and what to do next on standard error."""
+    if json:
+        print_json(report.to_json())
+        return
+    console = Console(file=sys.stdout)
+    console.print(final_table(report))
+    for sentence in sentences(report):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    option = "" if store == DEFAULT_STORE else f" --store {store}"
+    typer.echo(
+        f"\nevomerge best {report.study}{option} --export DIR    take the winner home\n"
+        f"evomerge report {report.study}{option} -o FILE.html   the whole story in one page\n"
+        f"evomerge dashboard{option}                    every trial in optuna-dashboard",
+        err=True,
+    )

@@ -1,0 +1,109 @@
+"""Running a study in the foreground: the view, the mirror, Ctrl-C. Shared by run, resume, demo."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
+from types import FrameType
+
+import typer
+
+from evomerge.cli.options import DEFAULT_STORE
+from evomerge.errors import UserError
+from evomerge.service.controller import Controller, Mirror
+from evomerge.service.executor import Executor
+from evomerge.service.progress import View, make_view
+from evomerge.service.report import Report, build_report
+from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.spec import StudySpec, Workers, nearest
+from evomerge.store import IN_MEMORY, open_store
+from evomerge.store.base import StudyRecord
+
+
+def run_study(spec: StudySpec, url: str, executor_name: str) -> Report:
+    """Create or resume a study and run it to its end; the report when it is done.
+
+    Raises typer.Exit(130) when it was interrupted, after saying how to go on.
+    """
+    store = open_store(url)
+    view = make_view(sys.stderr)
+    with _executor(executor_name, spec.workers) as executor:
+        view.note(f"study {spec.name}: checking models and tasks")
+        record = open_study(spec, store, executor)
+        with controlling(record, store) as token:
+
+            def make_mirror(record: StudyRecord, genes: Sequence[str]) -> Mirror | None:
+                return _mirror(url, record, genes)
+
+            controller = build_controller(
+                record, store, executor, token, make_mirror=make_mirror, watch=view.update
+            )
+            with view, _gently(controller, view):
+                done = controller.run()
+    if not done:
+        view.note(f"stopped; nothing is lost. To go on: {resume_command(spec.name, url)}")
+        raise typer.Exit(130)
+    return build_report(record, store.trials(spec.name))
+
+
+def resume_command(study: str, url: str) -> str:
+    """What to type to go on with a study."""
+    return f"evomerge resume {study}" + ("" if url == DEFAULT_STORE else f" --store {url}")
+
+
+@contextlib.contextmanager
+def _executor(name: str, workers: Workers) -> Iterator[Executor]:
+    known = {point.name: point for point in entry_points(group="evomerge.executors")}
+    if name not in known:
+        raise UserError(f"unknown executor {name!r}{nearest(name, known)}")
+    try:
+        make = known[name].load()
+    except ImportError as error:
+        raise UserError(
+            f"executor {name!r} is not installed ({error}); `pip install evomerge[{name}]`"
+        ) from None
+    executor: Executor = make(workers)
+    finished = False
+    try:
+        yield executor
+        finished = True
+    finally:
+        executor.close(now=not finished)
+
+
+@contextlib.contextmanager
+def _gently(controller: Controller, view: View) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: let running attempts finish. Second: stop at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        controller.stop()
+        view.note("stopping once the running attempts are done; press Ctrl-C again to stop now")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        view.note("stopped at once; attempts that were cut off will run again")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _mirror(url: str, record: StudyRecord, genes: Sequence[str]) -> Mirror | None:
+    if url == IN_MEMORY:
+        return None
+    from evomerge.store.mirror import OptunaMirror
+
+    pareto = record.spec["objective"]["aggregate"] == "pareto"
+    tasks = [task["task"] for task in record.spec["objective"]["tasks"]]
+    names = tasks if pareto else ["mean"]
+    return OptunaMirror(url, record.name, gene_names=genes, metric_names=names)

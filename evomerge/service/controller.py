@@ -1,0 +1,155 @@
+"""The controller: asks the sampler, writes down, has it scored, tells; then finds the winner.
+
+Everything it knows is in the store before it acts on it, so it can be killed between any two
+lines. Knows nothing of torch, Ray or terminals: models live behind the executor, and whoever
+watches is called back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from evomerge.sampling.base import Sampler, Told
+from evomerge.service.dispatch import Dispatcher
+from evomerge.service.ledger import Ledger
+from evomerge.service.verdict import to_score
+from evomerge.spec import StudySpec
+from evomerge.trial import Genome, NewTrial, State, Trial
+
+CONTROLLER_LEASE_S = 30.0
+_WATCH_EVERY_S = 0.5
+
+Propose = Callable[[int, int, Genome], NewTrial]
+"""(trial number, search index, genome) -> the trial, its recipe decoded."""
+
+
+class Mirror(Protocol):
+    """Shows finished trials elsewhere; may lag, never decides."""
+
+    def sync(self, trials: Sequence[Trial]) -> None:
+        """Bring the mirror up to date with these trials; does nothing twice."""
+
+
+class Controller:
+    """Runs one study to its end, or until told to stop.
+
+    The ledger's controller token must be the study's live one, and its baselines recorded.
+    """
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        ledger: Ledger,
+        sampler: Sampler,
+        dispatcher: Dispatcher,
+        propose: Propose,
+        *,
+        mirror: Mirror | None = None,
+        watch: Callable[[Ledger, int], None] = lambda ledger, running: None,
+        time_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec = spec
+        self._ledger = ledger
+        self._sampler = sampler
+        self._dispatcher = dispatcher
+        self._propose = propose
+        self._mirror = mirror
+        self._watch = watch
+        self._time_s = time_s
+        self._weights = {task.task: task.weight for task in spec.objective.tasks}
+        self._first = sum(t.kind != "search" for t in ledger.trials)
+        self._told = 0
+        self._stopping = False
+        self._renewed_s = self._watched_s = time_s()
+
+    def stop(self) -> None:
+        """Stop gently: dispatch nothing more, wait for what is running."""
+        self._stopping = True
+        self._dispatcher.drop_queue()
+
+    def run(self) -> bool:
+        """Search to the end of the budget and score the finalists; False if stopped before.
+
+        Raises StudyStopped when attempts fail and nothing succeeds.
+        """
+        self._restore()
+        self._search()
+        self._settle()
+        self._show()
+        return not self._stopping
+
+    def _restore(self) -> None:
+        """Replay what was told, in the order it was told; queue what is not finished."""
+        told = [t for t in self._ledger.trials if t.tell_order is not None]
+        for trial in sorted(told, key=lambda t: t.tell_order or 0):
+            self._sampler.tell(self._result(trial))
+        self._told = len(told)
+        open_trials = [t for t in self._ledger.trials if not t.state.finished]
+        self._dispatcher.enqueue((t.number, "search") for t in open_trials)
+
+    def _search(self) -> None:
+        self._tell()
+        self._ask()
+        while not self._dispatcher.idle:
+            self._step()
+            self._tell()
+            self._ask()
+
+    def _settle(self) -> None:
+        """Score the finalists on the selection items, then the winner on the report items."""
+        while not self._stopping:
+            finalists = self._spec.budget.finalists
+            todo = to_score(self._ledger.trials, finalists, self._weights)
+            self._dispatcher.enqueue((trial.number, part) for trial, part in todo)
+            if self._dispatcher.idle:
+                return
+            while not self._dispatcher.idle:
+                self._step()
+
+    def _ask(self) -> None:
+        """Record the next generation, as soon as all before it is told."""
+        index = len(self._ledger) - self._first
+        if self._stopping or index != self._told or index >= self._spec.budget.trials:
+            return
+        size = self._sampler.population - index % self._sampler.population
+        last = min(index + size, self._spec.budget.trials)
+        trials = [
+            self._propose(self._first + i, i, self._sampler.ask(i)) for i in range(index, last)
+        ]
+        self._ledger.create(trials)
+        self._dispatcher.enqueue((trial.number, "search") for trial in trials)
+
+    def _tell(self) -> None:
+        """Tell every finished trial that has no unfinished one before it."""
+        start = self._first + self._told
+        ready: list[int] = []
+        for number in range(start, len(self._ledger)):
+            if not self._ledger[number].state.finished:
+                break
+            self._sampler.tell(self._result(self._ledger[number]))
+            ready.append(number)
+        if ready:
+            self._ledger.mark_told(ready, self._told)
+            self._told += len(ready)
+
+    def _step(self) -> None:
+        changed = self._dispatcher.step()
+        now_s = self._time_s()
+        if now_s - self._renewed_s > CONTROLLER_LEASE_S / 3:
+            self._ledger.renew(CONTROLLER_LEASE_S)
+            self._renewed_s = now_s
+        if changed and now_s - self._watched_s > _WATCH_EVERY_S:
+            self._show()
+
+    def _show(self) -> None:
+        self._watched_s = self._time_s()
+        self._watch(self._ledger, self._dispatcher.running)
+        if self._mirror is not None:
+            finished = [t for t in self._ledger.trials if t.state.finished]
+            self._mirror.sync(finished)
+
+    def _result(self, trial: Trial) -> Told:
+        values = trial.values if trial.state is State.COMPLETE else None
+        return Told(trial.number - self._first, trial.genome or (), values)

@@ -1,0 +1,125 @@
+"""The dispatcher: takes scoring tasks from a queue to workers and records what became of them.
+
+A lost worker or a lapsed lease costs one attempt; a bad candidate fails its trial. Knows nothing of
+samplers, generations or who wins.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+
+from evomerge.errors import StudyStopped
+from evomerge.service.executor import Event, Executor, Job
+from evomerge.service.ledger import Ledger
+from evomerge.spec import StudySpec
+from evomerge.trial import Attempt, Failure, Part, Score, State
+
+Task = tuple[int, Part]
+_POLL_S = 0.25
+
+
+class Dispatcher:
+    """Keeps workers busy with the queue, and no busier: what waits, waits here."""
+
+    def __init__(self, spec: StudySpec, ledger: Ledger, executor: Executor) -> None:
+        self._spec = spec
+        self._ledger = ledger
+        self._executor = executor
+        self._weights = {task.task: task.weight for task in spec.objective.tasks}
+        self._pareto = spec.objective.aggregate == "pareto"
+        self._queue: deque[Task] = deque()
+        self._failures: Counter[Task] = Counter()
+        self._given_up: set[Task] = set()
+        self._completed = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._queue and not self._ledger.live
+
+    @property
+    def running(self) -> int:
+        return len(self._ledger.live)
+
+    def enqueue(self, tasks: Iterable[Task]) -> None:
+        """Queue tasks, leaving out those that were given up on."""
+        self._queue.extend(task for task in tasks if task not in self._given_up)
+
+    def drop_queue(self) -> None:
+        """Forget what waits; the store still has it as WAITING."""
+        self._queue.clear()
+
+    def step(self) -> bool:
+        """Dispatch what fits, take in what came back; True if anything changed.
+
+        Raises StudyStopped when one task fails `max_attempts` times and none ever succeeded.
+        """
+        changed = self._dispatch()
+        for event in self._executor.poll(0.0 if self.idle else _POLL_S):
+            changed |= self._take(event)
+        for attempt in self._ledger.lapsed():
+            changed |= self._expire(attempt)
+        return changed
+
+    def _dispatch(self) -> bool:
+        before = len(self._queue)
+        while self._queue and self._executor.free() > 0:
+            number, part = self._queue.popleft()
+            trial = self._ledger[number]
+            known = self._ledger.known_score(trial, part)
+            if known is not None:
+                self._ledger.reuse(trial, part, known, self._values(known))
+                continue
+            attempt = self._ledger.start(number, part, self._spec.workers.lease_s)
+            self._executor.submit(Job(attempt.token, trial.recipe, part))
+        return len(self._queue) != before
+
+    def _take(self, event: Event) -> bool:
+        """Record an event; one whose attempt is no longer live is dropped."""
+        attempt = self._ledger.live.get(event.token)
+        if attempt is None:
+            return False
+        if event.score is not None:
+            score = Score.from_json(event.score)
+            values, seconds = self._values(score), event.seconds
+            self._ledger.finish(event.token, score, values, worker=event.worker, seconds=seconds)
+            self._completed += 1
+        elif event.failure is not None:
+            self._refuse(attempt, event, event.failure)
+        return True
+
+    def _expire(self, attempt: Attempt) -> bool:
+        self._executor.cancel(attempt.token)
+        message = f"no result within the lease of {self._spec.workers.lease_s:g} s"
+        failure = Failure("WorkerLost", message)
+        self._refuse(attempt, Event(attempt.token, attempt.worker or ""), failure)
+        return True
+
+    def _refuse(self, attempt: Attempt, event: Event, failure: Failure) -> None:
+        task = (attempt.trial, attempt.part)
+        self._failures[task] += 1
+        exhausted = self._failures[task] >= self._spec.workers.max_attempts
+        # while nothing ever succeeded the fault is not shown to be the candidate's
+        broken = exhausted and not event.candidate and not self._completed
+        final = event.candidate or (exhausted and not broken)
+        self._ledger.fail(
+            attempt.token,
+            failure,
+            trial_state=State.FAIL if final else State.WAITING,
+            worker=event.worker,
+            seconds=event.seconds,
+        )
+        if final:
+            self._given_up.add(task)
+        elif not broken:
+            self._queue.append(task)
+        else:
+            raise StudyStopped(
+                f"study {self._spec.name!r} stopped: trial {attempt.trial} failed "
+                f"{self._failures[task]} times and nothing has succeeded; the last time "
+                f"{failure.error}: {failure.message}"
+            )
+
+    def _values(self, score: Score) -> tuple[float, ...]:
+        return score.values(self._weights, pareto=self._pareto)

@@ -1,0 +1,97 @@
+"""The inspection: everything about a spec that needs its checkpoints and tasks to be opened.
+
+Runs in a worker, before any model is loaded, and reports every problem at once. What it returns is
+recorded with the study: digests, items, the metric of each task, the scorer's fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.compare import compare
+from evomerge.errors import SpecError, UserError
+from evomerge.merging.layout import layer_of
+from evomerge.scoring.fingerprint import digest_of, scorer_fingerprint
+from evomerge.scoring.tasks import LoadedTasks, load_tasks
+from evomerge.space import Space, check_space, load_space
+from evomerge.spec import StudySpec
+
+
+def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
+    """What a study must record of its checkpoints and tasks, as JSON.
+
+    Raises SpecError with every problem of the space, the checkpoints and the tasks.
+    """
+    problems: list[str] = []
+    space = _space(spec, problems)
+    models = _models(spec, problems)
+    tasks = _tasks(spec, problems)
+    scans = {path: model.scan() for path, model in models.items()}
+    for path, scan in scans.items():
+        problems += [f"{path}: tensor {name} holds NaN or infinity" for name in scan.non_finite]
+    if problems or tasks is None or space is None:
+        raise SpecError(f"study {spec.name!r}", problems)
+    base = models[spec.base]
+    dtype = spec.evaluation.dtype if spec.evaluation.dtype != "auto" else _dtype(base)
+    fingerprint = scorer_fingerprint(tasks, spec.evaluation, dtype=dtype, device=device)
+    return {
+        "digests": {path: scan.digest for path, scan in scans.items()},
+        "dtype": dtype,
+        "layers": max((n for name in base.names if (n := layer_of(name)) is not None), default=-1)
+        + 1,
+        "space": space.to_json(),
+        "items": {name: list(hashes) for name, hashes in tasks.items().items()},
+        "metrics": {task.name: f"{task.metric},{task.filter}" for task in tasks.tasks},
+        "fingerprint": fingerprint,
+        "scorer_digest": digest_of(fingerprint),
+    }
+
+
+def _space(spec: StudySpec, problems: list[str]) -> Space | None:
+    try:
+        space = load_space(spec.space)
+        problems += [f"space: {line}" for line in check_space(space, list(spec.sources))]
+    except SpecError as error:
+        problems += [f"{error.subject}: {line}" for line in error.problems]
+        return None
+    return space
+
+
+def _models(spec: StudySpec, problems: list[str]) -> dict[str, Checkpoint]:
+    """The checkpoints that can be opened, by path; faults of the others go to `problems`."""
+    models: dict[str, Checkpoint] = {}
+    for path in (spec.base, *spec.sources.values()):
+        try:
+            models[path] = Checkpoint.open(path)
+        except UserError as error:
+            problems.append(str(error))
+    if spec.base in models:
+        sources = {name: models[p] for name, p in spec.sources.items() if p in models}
+        problems += compare(models[spec.base], sources)
+    return models
+
+
+def _tasks(spec: StudySpec, problems: list[str]) -> LoadedTasks | None:
+    try:
+        return load_tasks(spec.objective)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _dtype(base: Checkpoint) -> str:
+    """The dtype that most of the base's elements have, e.g. `bfloat16`."""
+    sizes: Counter[str] = Counter()
+    for name in base.names:
+        if name not in base.non_float_names:
+            sizes[str(base.dtype(name)).removeprefix("torch.")] += _size(base.shape(name))
+    return sizes.most_common(1)[0][0]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total

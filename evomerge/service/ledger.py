@@ -1,0 +1,174 @@
+"""The controller's view of one study: every write goes to the store first, then to memory.
+
+Knows nothing of executors and samplers. It exists so that the loop need not read the whole study
+back after each trial.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from evomerge.store.base import StudyRecord, StudyStore
+from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
+
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    """The wall clock, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+class Ledger:
+    """One study's trials, written through to the store under one controller token."""
+
+    def __init__(
+        self, store: StudyStore, record: StudyRecord, controller: str, *, clock: Clock = utc_now
+    ) -> None:
+        self.record = record
+        self._store = store
+        self._study = record.name
+        self._controller = controller
+        self._clock = clock
+        self._trials = {t.number: t for t in store.trials(record.name, outcomes=False)}
+        self._live: dict[str, Attempt] = {}
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every trial by number, per-item outcomes left out."""
+        return list(self._trials.values())
+
+    def __getitem__(self, number: int) -> Trial:
+        return self._trials[number]
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    @property
+    def live(self) -> Mapping[str, Attempt]:
+        """Open attempts by token."""
+        return self._live
+
+    def create(self, trials: Sequence[NewTrial]) -> None:
+        """Record trials, all or none."""
+        self._store.create_trials(self._study, trials, controller=self._controller)
+        for new in trials:
+            self._trials[new.number] = Trial(
+                number=new.number,
+                kind=new.kind,
+                label=new.label,
+                genome=new.genome,
+                recipe=new.recipe,
+                recipe_digest=new.recipe_digest,
+                state=State.WAITING,
+            )
+
+    def start(self, number: int, part: Part, lease_s: float) -> Attempt:
+        """Open an attempt, with a token of its own."""
+        now = self._clock()
+        attempt = self._store.start_attempt(
+            self._study,
+            number,
+            part,
+            token=uuid.uuid4().hex,
+            worker=None,
+            now=now,
+            lease_until=now + timedelta(seconds=lease_s),
+            controller=self._controller,
+        )
+        self._live[attempt.token] = attempt
+        if part == "search":
+            self._change(number, state=State.RUNNING)
+        return attempt
+
+    def finish(
+        self,
+        token: str,
+        score: Score,
+        values: tuple[float, ...],
+        *,
+        worker: str,
+        seconds: Mapping[str, float],
+    ) -> Trial:
+        """Accept a result. Raises StaleAttempt for a token that is not live."""
+        self._store.finish(
+            self._study,
+            token,
+            score,
+            values,
+            worker=worker,
+            seconds=seconds,
+            now=self._clock(),
+            controller=self._controller,
+        )
+        attempt = self._live.pop(token)
+        return self._scored(attempt.trial, attempt.part, score, values)
+
+    def fail(
+        self,
+        token: str,
+        failure: Failure,
+        *,
+        trial_state: State,
+        worker: str | None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> Trial:
+        """Close an attempt as failed; for the search part the trial goes to `trial_state`."""
+        self._store.fail_attempt(
+            self._study,
+            token,
+            failure,
+            trial_state=trial_state,
+            worker=worker,
+            seconds=seconds or {},
+            now=self._clock(),
+            controller=self._controller,
+        )
+        attempt = self._live.pop(token)
+        if attempt.part != "search":
+            return self._trials[attempt.trial]
+        kept = failure if trial_state is State.FAIL else None
+        return self._change(attempt.trial, state=trial_state, failure=kept)
+
+    def reuse(self, trial: Trial, part: Part, score: Score, values: tuple[float, ...]) -> Trial:
+        """Take a score that the store already holds for the same recipe, items and scorer."""
+        self._store.reuse(
+            self._study, trial.number, part, score, values, controller=self._controller
+        )
+        return self._scored(trial.number, part, score, values)
+
+    def known_score(self, trial: Trial, part: Part) -> Score | None:
+        """The score that any study of the store has for this recipe on these items."""
+        return self._store.known_score(self.record.scorer_digest, trial.recipe_digest, part)
+
+    def mark_told(self, numbers: Sequence[int], first: int) -> None:
+        """Record that these trials were told, in this order, as number `first` and on."""
+        orders = {number: first + place for place, number in enumerate(numbers)}
+        self._store.mark_told(self._study, orders, controller=self._controller)
+        for number, order in orders.items():
+            self._change(number, tell_order=order)
+
+    def renew(self, lease_s: float) -> None:
+        """Stay this study's controller for another `lease_s` seconds."""
+        until = self._clock() + timedelta(seconds=lease_s)
+        self._store.renew(self._study, self._controller, lease_until=until)
+
+    def lapsed(self) -> list[Attempt]:
+        """Live attempts whose lease has run out."""
+        now = self._clock()
+        return [attempt for attempt in self._live.values() if attempt.lease_until < now]
+
+    def _scored(self, number: int, part: Part, score: Score, values: tuple[float, ...]) -> Trial:
+        bare = Score({n: replace(task, outcomes=()) for n, task in score.tasks.items()})
+        scores: dict[Part, Score] = {**self._trials[number].scores, part: bare}
+        if part != "search":
+            return self._change(number, scores=scores)
+        return self._change(number, scores=scores, state=State.COMPLETE, values=values)
+
+    def _change(self, number: int, **changes: Any) -> Trial:
+        self._trials[number] = replace(self._trials[number], **changes)
+        return self._trials[number]

@@ -1,0 +1,215 @@
+"""The local executor: worker processes on this machine, spoken to over pipes.
+
+Knows nothing of studies beyond the JSON it passes on. A worker that dies is reported and replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import evomerge.errors
+from evomerge.errors import EvomergeError, WorkerLost
+from evomerge.service.executor import Event, Job, Setup
+from evomerge.spec import Workers
+from evomerge.trial import Failure
+
+_COMMAND = (sys.executable, "-m", "evomerge.service.local_worker")
+_TAIL_BYTES = 2000
+
+
+@dataclass
+class _Process:
+    """A worker process, what it has said so far of its next line, and the job it runs."""
+
+    popen: subprocess.Popen[bytes]
+    log: IO[bytes]
+    name: str = ""
+    job: Job | None = None
+    partial: bytes = b""
+    last_words: str = ""
+
+
+class LocalExecutor:
+    """Runs up to `workers.count` worker processes; they are started when first needed."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._count = workers.count
+        self._num_cpus = workers.num_cpus
+        self._processes: list[_Process] = []
+        self._selector = selectors.DefaultSelector()
+        self._setup: Setup | None = None
+        self._lost: list[Event] = []
+
+    def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See Executor.inspect."""
+        process = self._processes[0] if self._processes else self._start()
+        _send(process, {"inspect": dict(spec)})
+        while True:
+            for answer in self._read(None):
+                if "inspection" in answer:
+                    return dict(answer["inspection"])
+                if "refused" in answer:
+                    raise _rebuild(answer)
+            if process not in self._processes:
+                raise WorkerLost(f"the worker died checking the spec: {process.last_words}")
+
+    def prepare(self, setup: Setup) -> None:
+        """See Executor.prepare."""
+        self._setup = setup
+        for process in self._processes:
+            _send(process, {"prepare": {"spec": dict(setup.spec), "dtype": setup.dtype}})
+
+    def free(self) -> int:
+        """See Executor.free."""
+        return self._count - sum(process.job is not None for process in self._processes)
+
+    def submit(self, job: Job) -> None:
+        """See Executor.submit."""
+        idle = (process for process in self._processes if process.job is None)
+        process = next(idle, None) or self._start()
+        process.job = job
+        request = {"token": job.token, "recipe": dict(job.recipe), "part": job.part}
+        _send(process, {"run": request})
+
+    def cancel(self, token: str) -> None:
+        """See Executor.cancel."""
+        for process in self._processes:
+            if process.job is not None and process.job.token == token:
+                process.job = None
+                self._end(process)
+                return
+
+    def poll(self, timeout_s: float) -> Sequence[Event]:
+        """See Executor.poll."""
+        answers = self._read(timeout_s)
+        events = [_event(answer) for answer in answers if "token" in answer]
+        events += self._lost
+        self._lost = []
+        return events
+
+    def close(self, *, now: bool) -> None:
+        """See Executor.close."""
+        for process in list(self._processes):
+            if process.popen.stdin is not None and not now:
+                process.popen.stdin.close()
+                process.popen.wait()
+            self._end(process)
+        self._selector.close()
+
+    def _start(self) -> _Process:
+        log = tempfile.TemporaryFile(prefix="evomerge-worker-")  # noqa: SIM115  lives with it
+        popen = subprocess.Popen(
+            [*_COMMAND, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=self._environment(),
+            bufsize=0,
+        )
+        process = _Process(popen, log)
+        self._processes.append(process)
+        assert popen.stdout is not None
+        os.set_blocking(popen.stdout.fileno(), False)
+        self._selector.register(popen.stdout, selectors.EVENT_READ, process)
+        if self._setup is not None:
+            _send(
+                process, {"prepare": {"spec": dict(self._setup.spec), "dtype": self._setup.dtype}}
+            )
+        return process
+
+    def _environment(self) -> dict[str, str]:
+        """Threads as granted, before any numerical library reads its settings."""
+        threads = str(self._num_cpus)
+        return {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
+                "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+
+    def _read(self, timeout_s: float | None) -> list[dict[str, Any]]:
+        """Every whole line that has come; a worker whose pipe ended is reported as lost."""
+        answers: list[dict[str, Any]] = []
+        if not self._selector.get_map():
+            time.sleep(timeout_s or 0)
+        for key, _ in self._selector.select(timeout_s):
+            process: _Process = key.data
+            chunk = os.read(key.fd, 1 << 20)
+            if not chunk:
+                self._bury(process)
+                continue
+            *lines, process.partial = (process.partial + chunk).split(b"\n")
+            for line in lines:
+                answers.append(self._note(process, json.loads(line)))
+        return answers
+
+    def _note(self, process: _Process, answer: dict[str, Any]) -> dict[str, Any]:
+        if "ready" in answer:
+            process.name = answer["ready"]
+        elif "token" in answer:
+            process.job = None
+        return answer
+
+    def _bury(self, process: _Process) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.popen.wait(timeout=5)  # its pipe ended; let it leave its own exit code
+        process.last_words = _tail(process)
+        self._end(process)
+        if process.job is not None:
+            reason = f"exit code {process.popen.returncode}; last words: {process.last_words}"
+            failure = Failure(WorkerLost.__name__, f"worker {process.name} died, {reason}")
+            self._lost.append(Event(process.job.token, process.name, failure=failure))
+
+    def _end(self, process: _Process) -> None:
+        self._processes.remove(process)
+        assert process.popen.stdout is not None
+        assert process.popen.stdin is not None
+        self._selector.unregister(process.popen.stdout)
+        process.popen.kill()
+        process.popen.wait()
+        process.popen.stdout.close()
+        process.popen.stdin.close()
+        process.log.close()
+
+
+def _send(process: _Process, request: dict[str, Any]) -> None:
+    """Pass a request on; to a worker that just died it is lost, and the pipe's end will tell."""
+    assert process.popen.stdin is not None
+    line = memoryview(json.dumps(request).encode() + b"\n")
+    with contextlib.suppress(BrokenPipeError):
+        while line:  # a raw pipe may take a part only
+            line = line[process.popen.stdin.write(line) or 0 :]
+
+
+def _event(answer: Mapping[str, Any]) -> Event:
+    failure = answer.get("failure")
+    return Event(
+        token=answer["token"],
+        worker=answer["worker"],
+        score=answer.get("score"),
+        failure=Failure(**failure) if failure else None,
+        candidate=bool(answer.get("candidate")),
+        seconds=answer["seconds"],
+    )
+
+
+def _rebuild(answer: Mapping[str, Any]) -> Exception:
+    """The worker's exception, as the class it was where that is one of ours."""
+    name, message = answer["refused"]["failure"]["error"], answer["refused"]["failure"]["message"]
+    kind = getattr(evomerge.errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, EvomergeError):
+        return kind(*answer["arguments"])
+    return EvomergeError(f"{name}: {message}")
+
+
+def _tail(process: _Process) -> str:
+    process.log.seek(0, os.SEEK_END)
+    process.log.seek(max(0, process.log.tell() - _TAIL_BYTES))
+    lines = process.log.read().decode(errors="replace").strip().splitlines()
+    return " | ".join(line.strip() for line in lines[-3:]) or "none"

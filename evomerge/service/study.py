@@ -1,0 +1,212 @@
+"""A study from its spec to its end: create or take up again, run, hand over.
+
+Puts the pieces together: store, executor, sampler, controller, mirror. Knows nothing of terminals,
+and of models only what a worker's inspection said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import StudyChanged, StudyNotFound
+from evomerge.merging.recipe import ModelRef
+from evomerge.sampling import make_sampler
+from evomerge.service.baselines import baselines
+from evomerge.service.controller import CONTROLLER_LEASE_S, Controller, Mirror
+from evomerge.service.dispatch import Dispatcher
+from evomerge.service.executor import Executor, Setup
+from evomerge.service.ledger import Clock, Ledger, utc_now
+from evomerge.service.progress import Progress
+from evomerge.service.standing import standing
+from evomerge.space import Space, load_space
+from evomerge.spec import StudySpec
+from evomerge.store.base import Controller as Holder
+from evomerge.store.base import StudyRecord, StudyStore
+from evomerge.trial import Genome, NewTrial
+
+MakeMirror = Callable[[StudyRecord, Sequence[str]], Mirror | None]
+"""(study, gene names) -> the mirror to keep up to date, if any."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """A study's checkpoints by content, and the dtype that merged models are rounded to."""
+
+    base: ModelRef
+    sources: Mapping[str, ModelRef]
+    dtype: str
+
+    @classmethod
+    def of(cls, record: StudyRecord) -> Models:
+        spec, digests = record.spec, record.inspection["digests"]
+        return cls(
+            base=ModelRef(spec["base"], digests[spec["base"]]),
+            sources={name: ModelRef(p, digests[p]) for name, p in spec["sources"].items()},
+            dtype=record.inspection["dtype"],
+        )
+
+
+def open_study(
+    spec: StudySpec, store: StudyStore, executor: Executor, *, clock: Clock = utc_now
+) -> StudyRecord:
+    """Create the study, or check that the one of that name is the same study.
+
+    A worker inspects checkpoints and tasks first, on a resume too: a source that was trained on,
+    or a task file that was edited, would make old and new scores incomparable. Raises SpecError
+    with every problem, StudyChanged with every difference.
+    """
+    inspection = dict(executor.inspect(spec.model_dump(mode="json")))
+    document = {**spec.model_dump(mode="json"), "space": inspection.pop("space")}
+    record = StudyRecord(spec.name, document, inspection, inspection["scorer_digest"], clock())
+    try:
+        known = store.study(spec.name)
+    except StudyNotFound:
+        store.create_study(record)
+        return record
+    differences = _differences(_identity(known), _identity(record))
+    if differences:
+        lines = "\n".join(f"  - {line}" for line in differences)
+        raise StudyChanged(
+            f"study {spec.name!r} exists with another spec; give this one another name, or undo:"
+            f"\n{lines}"
+        )
+    return StudyRecord(spec.name, document, known.inspection, known.scorer_digest, known.created_at)
+
+
+@contextlib.contextmanager
+def controlling(record: StudyRecord, store: StudyStore, clock: Clock = utc_now) -> Iterator[str]:
+    """Be the study's controller for the length of a `with`; yields the fencing token.
+
+    A controller of this host that is dead is replaced at once, one elsewhere when its lease lapses.
+    Raises StudyBusy while another one lives.
+    """
+    now = clock()
+    until = now + timedelta(seconds=CONTROLLER_LEASE_S)
+    pid = os.getpid()
+    me = Holder(uuid.uuid4().hex, socket.gethostname(), pid, _process_start(pid) or 0.0, until)
+    holder = store.controller(record.name)
+    store.acquire(record.name, me, now=now, force=holder is not None and _is_dead(holder))
+    store.update_spec(record.name, record.spec, controller=me.token)
+    try:
+        yield me.token
+    finally:
+        store.release(record.name, me.token)
+
+
+def build_controller(
+    record: StudyRecord,
+    store: StudyStore,
+    executor: Executor,
+    token: str,
+    *,
+    make_mirror: MakeMirror = lambda record, genes: None,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    clock: Clock = utc_now,
+) -> Controller:
+    """The controller of a study, its baselines recorded, ready to run."""
+    spec = StudySpec.model_validate(record.spec)
+    models, space = Models.of(record), load_space(record.spec["space"])
+    ledger = Ledger(store, record, token, clock=clock)
+    if not len(ledger):
+        ledger.create(baselines(models.base, models.sources, models.dtype))
+    genes = space.genes(list(models.sources))
+    executor.prepare(Setup(record.spec, models.dtype))
+    scored_before, started_s = sum(len(t.scores) for t in ledger.trials), time.monotonic()
+
+    def show(ledger: Ledger, running: int) -> None:
+        elapsed_s = time.monotonic() - started_s
+        watch(standing(spec, ledger.trials, running=running, elapsed_s=elapsed_s,
+                       scored_before=scored_before))  # fmt: skip
+
+    return Controller(
+        spec,
+        ledger,
+        make_sampler(
+            spec.sampler,
+            genes=len(genes),
+            init=space.start(list(models.sources)),
+            objectives=len(spec.objective.tasks) if spec.objective.aggregate == "pareto" else 1,
+            gene_names=[gene.name for gene in genes],
+        ),
+        Dispatcher(spec, ledger, executor),
+        _proposer(space, models, spec.sampler.seed),
+        mirror=make_mirror(record, [gene.name for gene in genes]),
+        watch=show,
+    )
+
+
+def _proposer(space: Space, models: Models, seed: int) -> Callable[[int, int, Genome], NewTrial]:
+    def propose(number: int, index: int, genome: Genome) -> NewTrial:
+        recipe = space.decode(
+            genome, base=models.base, sources=models.sources, dtype=models.dtype, seed=seed
+        )
+        return NewTrial(
+            number, "search", f"trial {number}", genome, recipe.to_json(), recipe.digest
+        )
+
+    return propose
+
+
+def _identity(record: StudyRecord) -> dict[str, Any]:
+    """What must not change for two runs to be one study: contents count, places do not."""
+    digests = record.inspection["digests"]
+    spec = StudySpec.model_validate(record.spec).identity()
+    spec["base"] = digests[spec["base"]]
+    spec["sources"] = {name: digests[path] for name, path in spec["sources"].items()}
+    spec["objective"].pop("include_path")
+    return {**spec, "scorer": record.inspection["fingerprint"]}
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Every leaf in which two documents differ, as `path: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted({*old, *new})
+        return [
+            line
+            for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+
+
+def _is_dead(holder: Holder) -> bool:
+    """Whether a controller of this host no longer runs; False for one elsewhere."""
+    if holder.host != socket.gethostname():
+        return False
+    return _process_start(holder.pid) != holder.started
+
+
+def _process_start(pid: int) -> float | None:
+    """When a process started, in ticks since boot; None if there is no such process.
+
+    Where there is no /proc, 0.0 stands for a live process: a recycled pid then reads as alive.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return None
+        return 0.0 if _signals(pid) else None
+    except OSError:
+        return None
+    after_name = stat.rpartition(")")[2].split()
+    return None if after_name[0] == "Z" else float(after_name[19])
+
+
+def _signals(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,94 @@
+"""Who won, decided without ever looking at the report items.
+
+The best trials of the search are scored again on the selection items; what picks the winner is
+the search and the selection items together, each counted once. The baselines that have to be picked
+(the best source, the best lambda) are picked in just that way. Pure functions of the trials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from evomerge.sampling.pareto import pareto_front
+from evomerge.trial import Kind, Part, State, TaskScore, Trial
+
+Weights = Mapping[str, float]
+
+
+def finalists(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The trials of the search worth scoring again: the best `count`, or the whole Pareto front.
+
+    Trials of one recipe count once; equal values go to the earlier trial.
+    """
+    complete = _distinct([t for t in trials if t.kind == "search" and t.state is State.COMPLETE])
+    if complete and len(complete[0].values or ()) > 1:
+        front = pareto_front([t.values or () for t in complete])
+        return [complete[i] for i in front]
+    return sorted(complete, key=lambda t: (-(t.values or (-math.inf,))[0], t.number))[:count]
+
+
+def merit(trial: Trial, weights: Weights) -> float | None:
+    """The weighted mean over the search and selection items together; None until both are scored."""
+    if not {"search", "selection"} <= trial.scores.keys():
+        return None
+    per_task = {task: _pooled(trial, task) for task in weights}
+    total = math.fsum(weights.values())
+    return math.fsum(weights[task] * value for task, value in per_task.items()) / total
+
+
+def best_of(trials: Sequence[Trial], weights: Weights) -> Trial | None:
+    """The trial of highest merit among those scored on the selection items; the earliest if equal."""
+    scored = [(value, -t.number, t) for t in trials if (value := merit(t, weights)) is not None]
+    return max(scored, key=lambda entry: entry[:2])[2] if scored else None
+
+
+def winner(trials: Sequence[Trial], weights: Weights) -> Trial | None:
+    """The winner of the search."""
+    return best_of([t for t in trials if t.kind == "search"], weights)
+
+
+def best_baseline(trials: Sequence[Trial], kind: Kind, weights: Weights) -> Trial | None:
+    """The baseline of a kind: the only one, or the one of highest merit."""
+    return best_of([t for t in trials if t.kind == kind], weights)
+
+
+def to_score(trials: Sequence[Trial], count: int, weights: Weights) -> list[tuple[Trial, Part]]:
+    """What is still to be scored once the search is over, in order.
+
+    First the finalists and all baselines on the selection items; when none of these is open, base,
+    sources, the averages and the winner on the report items.
+    """
+    baselines = [t for t in trials if t.kind != "search"]
+    first = [*baselines, *finalists(trials, count)]
+    selection = _missing(first, "selection")
+    if selection:
+        return selection
+    champion = winner(trials, weights)
+    best_lambda = best_baseline(trials, "task_arithmetic", weights)
+    fixed = [t for t in baselines if t.kind != "task_arithmetic"]
+    last = [*fixed, *(t for t in (best_lambda, champion) if t is not None)]
+    if champion is not None and len(champion.values or ()) > 1:
+        last += [t for t in finalists(trials, count) if t.number != champion.number]
+    return _missing(last, "report")
+
+
+def signed(task: TaskScore) -> float:
+    """A task's value with the sign that makes more better."""
+    return task.value if task.higher_is_better else -task.value
+
+
+def _missing(trials: Sequence[Trial], part: Part) -> list[tuple[Trial, Part]]:
+    return [(t, part) for t in trials if t.state is State.COMPLETE and part not in t.scores]
+
+
+def _pooled(trial: Trial, task: str) -> float:
+    scores = [trial.scores[part].tasks[task] for part in ("search", "selection")]
+    return math.fsum(s.n * signed(s) for s in scores) / sum(s.n for s in scores)
+
+
+def _distinct(trials: Sequence[Trial]) -> list[Trial]:
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        first.setdefault(trial.recipe_digest, trial)
+    return list(first.values())

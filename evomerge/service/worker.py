@@ -1,0 +1,125 @@
+"""One worker: a resident model and prepared tasks, scoring one recipe after another.
+
+Used by every executor; JSON in, JSON out, so that it runs the same in a subprocess and in a Ray
+actor. Knows nothing of stores, samplers and retries. torch is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import CandidateError, EvomergeError, OutOfMemory, UserError
+from evomerge.merging.recipe import Recipe
+from evomerge.spec import StudySpec
+
+if TYPE_CHECKING:
+    from evomerge.merging.materialise import Materialiser
+    from evomerge.scoring.resident import ResidentScorer
+
+
+class Worker:
+    """Scores recipes on one device. The model is loaded at the first job and stays."""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or f"{socket.gethostname()}:{os.getpid()}"
+        self._spec: StudySpec | None = None
+        self._dtype = ""
+        self._resident: tuple[Materialiser, ResidentScorer] | None = None
+
+    def inspect(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Check a spec against its checkpoints and tasks. Raises UserError with every problem."""
+        from evomerge.service.inspection import inspect
+
+        limit_threads(spec)
+        checked = StudySpec.model_validate(spec)
+        return inspect(checked, device_of(checked.evaluation.device))
+
+    def prepare(self, spec: Mapping[str, Any], dtype: str) -> None:
+        """Say what will be scored; the heavy part is put off to the first job."""
+        limit_threads(spec)
+        self._spec = StudySpec.model_validate(spec)
+        self._dtype = dtype
+        self._resident = None
+
+    def run(self, token: str, recipe: Mapping[str, Any], part: str) -> dict[str, Any]:
+        """Materialise and score; the JSON of an Event. Never raises what a candidate can cause."""
+        seconds: dict[str, float] = {}
+        event: dict[str, Any] = {"token": token, "worker": self.name, "seconds": seconds}
+        try:
+            return {**event, "score": self._score(Recipe.from_json(recipe), part, seconds)}
+        except Exception as error:  # whatever a candidate or a library raises is data
+            return {**event, **failure_of(error)}
+
+    def _score(self, recipe: Recipe, part: Any, seconds: dict[str, float]) -> dict[str, Any]:
+        started = time.perf_counter()
+        materialiser, scorer = self._loaded()
+        loaded = time.perf_counter()
+        materialiser.write(recipe)
+        written = time.perf_counter()
+        score = scorer.score(part)
+        seconds["load"] = loaded - started
+        seconds["materialise"] = written - loaded
+        seconds["score"] = time.perf_counter() - written
+        return score.to_json()
+
+    def _loaded(self) -> tuple[Materialiser, ResidentScorer]:
+        if self._resident is None:
+            self._resident = self._load()
+        return self._resident
+
+    def _load(self) -> tuple[Materialiser, ResidentScorer]:
+        from evomerge.checkpoints import Checkpoint
+        from evomerge.merging.materialise import Materialiser, load_model
+        from evomerge.scoring.resident import ResidentScorer
+
+        if self._spec is None:
+            raise RuntimeError("Worker.run before Worker.prepare")
+        spec = self._spec
+        device = device_of(spec.evaluation.device)
+        checkpoints = {path: Checkpoint.open(path) for path in (spec.base, *spec.sources.values())}
+        model, tokenizer = load_model(checkpoints[spec.base], self._dtype, device)
+        scorer = ResidentScorer(model, tokenizer, spec.objective, spec.evaluation)
+        return Materialiser(model, checkpoints), scorer
+
+
+def device_of(wanted: str) -> str:
+    """The device to run on: `auto` is CUDA where there is one."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def limit_threads(spec: Mapping[str, Any]) -> None:
+    """As many threads as CPUs granted: more of them spin and cost many times the work."""
+    import torch
+
+    torch.set_num_threads(int(spec["workers"]["num_cpus"]))
+
+
+def failure_of(error: Exception) -> dict[str, Any]:
+    """What an exception says of the attempt: the candidate's fault, or the infrastructure's."""
+    name, message = type(error).__name__, str(error) or repr(error)
+    if isinstance(error, MemoryError) or name in ("OutOfMemoryError",):
+        name = OutOfMemory.__name__
+    elif not isinstance(error, EvomergeError):
+        message = f"{message} [{_where(error)}]"
+    return {
+        "failure": {"error": name, "message": message},
+        "candidate": isinstance(error, CandidateError),
+        "user": isinstance(error, UserError),
+    }
+
+
+def _where(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "no traceback"
+    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
