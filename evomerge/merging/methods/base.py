@@ -1,7 +1,7 @@
 """The contract of a merge method: what it is told of a tensor and what it must return.
 
-A method sees float32 blocks of one tensor at a time, so that memory is bounded whatever the tensor's
-size; what it needs to know of the whole tensor (a threshold, a dot product) it works out in
+A method sees float32 blocks of one tensor at a time, so that memory is bounded whatever the size of
+the tensor; what it needs to know of the whole tensor (a threshold, a dot product) it works out in
 `prepare`, and of the whole model in `survey`. Knows nothing of checkpoints, devices or studies.
 """
 
@@ -22,7 +22,7 @@ class Parameter:
     """One parameter of a method, as data: menus, validation and search spaces are derived from it.
 
     `scope` says whether every source has its own (`source`) or the recipe has one (`recipe`).
-    `low` and `high` bound what is valid (inclusive, None is unbounded), not what is worth searching.
+    `low` and `high` bound what is valid (inclusive, None is unbounded), not what is worth a search.
     """
 
     name: str

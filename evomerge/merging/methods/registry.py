@@ -12,14 +12,21 @@ from types import MappingProxyType
 from evomerge.errors import MergeError
 from evomerge.merging.layout import Place
 from evomerge.merging.methods.base import Coefficients, MergeMethod, Parameter
+from evomerge.merging.methods.dare_linear import DareLinear
+from evomerge.merging.methods.dare_ties import DareTies
 from evomerge.merging.methods.linear import Linear
+from evomerge.merging.methods.slerp import Slerp
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
+from evomerge.merging.methods.ties import Ties
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.values import Scalar, Value, leaves, normalise, resolve
 from evomerge.spec import nearest
 
 METHODS: Mapping[str, MergeMethod] = MappingProxyType(
-    {method.name: method for method in (Linear(), TaskArithmetic())}
+    {
+        method.name: method
+        for method in (Linear(), TaskArithmetic(), Ties(), DareLinear(), DareTies(), Slerp())
+    }
 )
 
 
@@ -118,10 +125,9 @@ def _faults(
     except ValueError as error:
         yield f"{where}: {error}"
         return
-    for scalar in dict.fromkeys(scalars):
-        fault = _scalar_fault(known[name], scalar)
-        if fault:
-            yield f"{where}: {fault}"
+    found = (_scalar_fault(known[name], scalar) for scalar in scalars)
+    for fault in dict.fromkeys(fault for fault in found if fault):
+        yield f"{where}: {fault}"
 
 
 def _scalar_fault(parameter: Parameter, value: Scalar) -> str | None:
