@@ -38,8 +38,8 @@ class Progress:
     """Where a study stands.
 
     `trials_*` count search trials; `evaluations_*` count the evaluations of the present phase when
-    that is not the search (baselines, selection, report). `baselines` are base, best source, uniform
-    average and best task arithmetic, as far as scored. `left_s` is None while nobody can tell.
+    that is not the search (baselines, selection, report). `baselines` are base, best source,
+    uniform average and best task arithmetic, as far as scored. `left_s` is None while unknown.
     """
 
     study: str

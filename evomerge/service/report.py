@@ -1,0 +1,355 @@
+"""The report of a study: who won, against whom, by how much, on items the search never saw.
+
+A pure function of the study and its trials. Says what the tests say and no more: "better" only
+where the paired test does after Holm's correction. Works for a study that is unfinished, failed or
+empty: what is missing is None, and `notes` say why. Knows nothing of HTML and terminals.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evomerge.service.cost import Cost, cost
+from evomerge.service.measurement import Interval, Measurement, measure, to_json
+from evomerge.service.verdict import best_baseline, finalists, to_score, winner
+from evomerge.store.base import StudyRecord
+from evomerge.trial import Kind, Part, State, Trial
+
+Verdict = Literal["better", "worse", "no difference shown", "not tested"]
+BASELINES: Mapping[str, Kind] = {
+    "base": "base",
+    "best_source": "source",
+    "uniform": "uniform",
+    "task_arithmetic": "task_arithmetic",
+}
+ALPHA = 0.05
+_MOST_NAMED = 6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial with what was measured of it, on each part it was scored on."""
+
+    trial: Trial
+    title: str
+    parts: Mapping[Part, Measurement]
+
+    @property
+    def report(self) -> Measurement | None:
+        return self.parts.get("report")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "label": self.trial.label,
+            "number": self.trial.number,
+            "recipe_digest": self.trial.recipe_digest,
+            **to_json(self.report, "report"),
+        }
+
+    def to_full_json(self) -> dict[str, Any]:
+        """With the recipe, the genome and the scores on the other parts."""
+        genome = self.trial.genome
+        other = {part: self.parts.get(part) for part in ("search", "selection")}
+        return {
+            **self.to_json(),
+            "recipe": self.trial.recipe,
+            "genome": None if genome is None else list(genome),
+            **{part: m and m.values_json() for part, m in other.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The winner against one baseline on the report items; positive means the winner is better.
+
+    `p_value` is the two-sided paired test's, `p_holm` corrected for all comparisons of the report.
+    None where the test could not be made.
+    """
+
+    against: str
+    title: str
+    verdict: Verdict
+    sentence: str
+    difference: float | None = None
+    interval: Interval | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
+    items: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "against": self.against,
+            "difference": self.difference,
+            "interval": self.interval,
+            "p_value": self.p_value,
+            "p_holm": self.p_holm,
+            "items": self.items,
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the report says.
+
+    `leader` is the best on the search items alone, which is no winner. `finished` is whether the
+    winner is final. `notes` say in sentences what failed and what is still to come.
+    """
+
+    study: str
+    weights: Mapping[str, float]
+    counts: Mapping[str, int]
+    search_counts: Mapping[str, int]
+    winner: Candidate | None
+    leader: Candidate | None
+    baselines: Mapping[str, Candidate | None]
+    sources: Mapping[str, Candidate | None]
+    comparisons: tuple[Outcome, ...]
+    front: tuple[Candidate, ...]
+    cost: Cost
+    finished: bool
+    notes: tuple[str, ...]
+    verdict: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON document; its keys are stable."""
+        fixed = {name: c and c.to_json() for name, c in self.baselines.items()}
+        sources = {name: c and c.to_json() for name, c in self.sources.items()}
+        return {
+            "study": self.study,
+            "trials": {**self.counts, "search": dict(self.search_counts)},
+            "winner": self.winner and self.winner.to_full_json(),
+            "leader": self.leader and self.leader.to_full_json(),
+            "baselines": {**fixed, "sources": sources},
+            "comparisons": [outcome.to_json() for outcome in self.comparisons],
+            "pareto": [candidate.to_full_json() for candidate in self.front],
+            "cost": self.cost.to_json(),
+            "verdict": self.verdict,
+            "finished": self.finished,
+            "notes": list(self.notes),
+        }
+
+
+def build_report(record: StudyRecord, trials: Sequence[Trial]) -> Report:
+    """Report on a study as it stands.
+
+    `trials` are all of them; those scored on the report part must hold its per-item outcomes.
+    """
+    weights = objective_weights(record.spec)
+    budget = record.spec["budget"]
+    planned, count = int(budget["trials"]), int(budget.get("finalists", 8))
+    searched = [t for t in trials if t.kind == "search"]
+    ranked = finalists(searched, count)
+    pareto = record.spec["objective"].get("aggregate") == "pareto"
+
+    def candidate(trial: Trial | None) -> Candidate | None:
+        return None if trial is None else _candidate(trial, weights)
+
+    champion = candidate(winner(trials, weights))
+    fixed = {name: candidate(best_baseline(trials, k, weights)) for name, k in BASELINES.items()}
+    outcomes = _outcomes(champion, fixed, weights)
+    progress = _unfinished(trials, count, planned, weights)
+    return Report(
+        study=record.name,
+        weights=weights,
+        counts=_counts(trials),
+        search_counts={**_counts(searched), "planned": planned},
+        winner=champion,
+        leader=candidate(ranked[0]) if ranked and not pareto else None,
+        baselines=fixed,
+        sources={t.label: candidate(t) for t in trials if t.kind == "source"},
+        comparisons=outcomes,
+        front=tuple(_candidate(t, weights) for t in ranked) if pareto else (),
+        cost=cost(trials),
+        finished=not progress,
+        notes=(*_failures(trials), *progress),
+        verdict=_overall(champion, outcomes, searched, finished=not progress),
+    )
+
+
+def objective_weights(spec: Mapping[str, Any]) -> dict[str, float]:
+    """Each task's weight, from the JSON of a StudySpec."""
+    return {t["task"]: float(t.get("weight", 1.0)) for t in spec["objective"]["tasks"]}
+
+
+def _candidate(trial: Trial, weights: Mapping[str, float]) -> Candidate:
+    parts = {part: measure(score, weights) for part, score in trial.scores.items()}
+    return Candidate(trial, title_of(trial), parts)
+
+
+def title_of(trial: Trial) -> str:
+    """A trial's name for people."""
+    if trial.kind == "search":
+        return f"trial {trial.number}"
+    return f"source {trial.label}" if trial.kind == "source" else trial.label
+
+
+def _counts(trials: Sequence[Trial]) -> dict[str, int]:
+    states = Counter(trial.state for trial in trials)
+    return {
+        "complete": states[State.COMPLETE],
+        "failed": states[State.FAIL],
+        "pruned": states[State.PRUNED],
+        "running": states[State.RUNNING],
+        "waiting": states[State.WAITING],
+    }
+
+
+# -- comparisons ---------------------------------------------------------------------------------
+
+
+def _outcomes(
+    champion: Candidate | None,
+    baselines: Mapping[str, Candidate | None],
+    weights: Mapping[str, float],
+) -> tuple[Outcome, ...]:
+    """The winner against every baseline that was scored on the report items."""
+    if champion is None or champion.report is None:
+        return ()
+    rivals = {n: c for n, c in baselines.items() if c is not None and c.report is not None}
+    if not rivals:
+        return ()
+    from evomerge.scoring.statistics import compare_with_each  # scipy: half a second to import
+
+    scores = {name: rival.trial.scores["report"] for name, rival in rivals.items()}
+    try:
+        tests = compare_with_each(champion.trial.scores["report"], scores, weights)
+    except ValueError as error:
+        reason = str(error)
+        return tuple(_not_tested(name, _against(name, c), reason) for name, c in rivals.items())
+    return tuple(
+        _outcome(
+            name,
+            _against(name, rivals[name]),
+            test.difference,
+            test.interval,
+            test.p_value,
+            test.p_adjusted,
+            test.n,
+        )
+        for name, test in tests.items()
+    )
+
+
+def _against(name: str, rival: Candidate) -> str:
+    if name == "best_source":
+        return f"the best source ({rival.trial.label})"
+    if name == "task_arithmetic":
+        return f"the best task arithmetic ({rival.trial.label.removeprefix('task arithmetic ')})"
+    return f"the {rival.title}"
+
+
+def _outcome(
+    name: str,
+    title: str,
+    difference: float,
+    interval: Interval,
+    p_value: float,
+    p_holm: float,
+    items: int,
+) -> Outcome:
+    verdict = _decide(difference, p_holm)
+    joined = f"{verdict} from" if verdict == "no difference shown" else f"{verdict} than"
+    sentence = (
+        f"{joined.capitalize()} {title} on {items} items: {difference:+.3f} "
+        f"[{interval[0]:+.3f}, {interval[1]:+.3f}], {p_text(p_holm)} after Holm."
+    )
+    return Outcome(name, title, verdict, sentence, difference, interval, p_value, p_holm, items)
+
+
+def _decide(difference: float, p_holm: float) -> Verdict:
+    if p_holm < ALPHA and difference != 0:
+        return "better" if difference > 0 else "worse"
+    return "no difference shown"
+
+
+def _not_tested(name: str, title: str, reason: str) -> Outcome:
+    return Outcome(name, title, "not tested", f"Not tested against {title}: {reason}.")
+
+
+def p_text(p: float) -> str:
+    """A p-value for people: never `p = 0`."""
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.4f}" if p < 0.01 else f"p = {p:.2f}"
+
+
+# -- what is to be said in words -----------------------------------------------------------------
+
+_CLAUSES: Mapping[Verdict, str] = {
+    "better": "is better than",
+    "no difference shown": "shows no difference from",
+    "worse": "is worse than",
+    "not tested": "was not tested against",
+}
+
+
+def _overall(
+    champion: Candidate | None,
+    outcomes: Sequence[Outcome],
+    searched: Sequence[Trial],
+    *,
+    finished: bool,
+) -> str:
+    if champion is None:
+        if searched and all(t.state is State.FAIL for t in searched):
+            return "There is no winner: every trial of the search failed."
+        return "There is no winner." if finished else "There is no winner yet."
+    if not outcomes:
+        return f"The winner so far is {champion.title}; it is not yet compared on the report items."
+    clauses = [
+        f"{words} {_listed(titles)}"
+        for verdict, words in _CLAUSES.items()
+        if (titles := [o.title for o in outcomes if o.verdict == verdict])
+    ]
+    so_far = "" if finished else " so far"
+    claim = f"he winner{so_far} ({champion.title}) {'; it '.join(clauses)}."
+    items = outcomes[0].items
+    return f"T{claim}" if items is None else f"On {items} items that the search never saw, t{claim}"
+
+
+def _listed(titles: Sequence[str]) -> str:
+    if len(titles) < 2:
+        return "".join(titles)
+    return f"{', '.join(titles[:-1])} and {titles[-1]}"
+
+
+def _named(titles: Sequence[str]) -> str:
+    return _listed(titles) if len(titles) <= _MOST_NAMED else f"{len(titles)} candidates"
+
+
+def _unfinished(
+    trials: Sequence[Trial], count: int, planned: int, weights: Mapping[str, float]
+) -> list[str]:
+    """One sentence for each thing that is still to come."""
+    finished = sum(t.kind == "search" and t.state.finished for t in trials)
+    if finished < planned:
+        return [f"The search has finished {finished} of {planned} trials."]
+    open_ = to_score(trials, count, weights)
+    return [
+        f"Not scored on the {part} items: {_named(titles)}."
+        for part in ("selection", "report")
+        if (titles := [title_of(t) for t, wanted in open_ if wanted == part])
+    ]
+
+
+def _failures(trials: Sequence[Trial]) -> list[str]:
+    sentences = [
+        f"Baseline {title_of(t)} failed: {_cause(t)}."
+        for t in trials
+        if t.kind != "search" and t.state is State.FAIL
+    ]
+    failed = [t for t in trials if t.kind == "search" and t.state is State.FAIL]
+    if failed:
+        cause, times = Counter(_cause(t) for t in failed).most_common(1)[0]
+        who = "1 trial" if len(failed) == 1 else f"{len(failed)} trials"
+        sentences.append(f"{who} of the search failed; most often ({times}): {cause}.")
+    return sentences
+
+
+def _cause(trial: Trial) -> str:
+    if trial.failure is None:
+        return "no cause recorded"
+    return f"{trial.failure.error}: {trial.failure.message.strip().rstrip('.')}"

@@ -1,0 +1,211 @@
+"""The report as one HTML page that needs nothing else: no network, no script, no other file.
+
+Words come from `report`, drawings from `charts`; this only arranges them. Every name of the user's
+is escaped: by the template, and by the element tree that the charts are built as.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from evomerge.merging.recipe import Recipe
+from evomerge.service import charts
+from evomerge.service.charts import Bar, Dot
+from evomerge.service.coefficients import Coefficients, coefficients, typical_tensors
+from evomerge.service.cost import Cost
+from evomerge.service.report import Candidate, Outcome, Report, p_text
+from evomerge.service.report_table import Row, rows_of
+from evomerge.store.base import StudyRecord
+from evomerge.trial import State, Trial
+
+_UNKNOWN_DEPTH = 8  # layers drawn for a model whose number of layers was not recorded
+_BULKY = ("tensors", "items", "digests")  # parts of an inspection that no one reads on a page
+_PHASES = {
+    "load": "loading models",
+    "materialise": "building candidates",
+    "score": "scoring candidates",
+}
+
+Fact = tuple[str, str]
+
+
+def render(report: Report, record: StudyRecord, trials: Sequence[Trial]) -> str:
+    """The page as text. `trials` are those that the report was built from."""
+    environment = Environment(
+        loader=PackageLoader("evomerge.service", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows = rows_of(report)
+    shown = report.winner or report.leader
+    heat = None if shown is None else _coefficients(shown, record)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        facts=_facts(report, record),
+        rows=rows,
+        comparisons=[_comparison_cells(outcome) for outcome in report.comparisons],
+        front=[(c.title, c.parts.get("report") or c.parts.get("search")) for c in report.front],
+        bars=_bars(rows),
+        history=_history(report, trials),
+        shown=shown,
+        heat=heat,
+        heat_maps=[] if heat is None else _heat_maps(heat),
+        recipe="" if shown is None else _yaml(shown.trial.recipe),
+        costs=cost_facts(report.cost),
+        spec=_yaml(record.spec),
+        found=_found(record),
+        export=f"evomerge best {shlex.quote(report.study)} --export DIR",
+        number=_number,
+        interval=_interval,
+    )
+
+
+def cost_facts(cost: Cost) -> list[Fact]:
+    """What the study cost, as labels and durations."""
+    phases = [(_PHASES.get(name, name), _duration(s)) for name, s in cost.phases.items()]
+    failed = f", {cost.failed_attempts} of them failed" if cost.failed_attempts else ""
+    facts = [*phases, ("evaluations", f"{cost.attempts}{failed}")]
+    if cost.wall_s is None or cost.overhead_s is None or cost.idle_s is None:
+        return facts
+    return [
+        *facts,
+        ("sending out, waiting, recording", _duration(cost.overhead_s)),
+        ("wall clock, first start to last finish", _duration(cost.wall_s)),
+        ("of it with nothing running (controller, pauses)", _duration(cost.idle_s)),
+        ("workers", str(cost.workers)),
+    ]
+
+
+def _facts(report: Report, record: StudyRecord) -> list[Fact]:
+    counts, sampler = report.search_counts, record.spec.get("sampler", {})
+    failed = f", {counts['failed']} failed" if counts["failed"] else ""
+    weighted = ", ".join(f"{task} × {weight:g}" for task, weight in report.weights.items())
+    return [
+        ("created", _moment(record.created_at)),
+        ("search", f"{counts['complete']} of {counts['planned']} trials scored{failed}"),
+        ("sampler", f"{sampler.get('name', 'cmaes')}, seed {sampler.get('seed', 0)}"),
+        ("sources", ", ".join(record.spec["sources"])),
+        ("mean of", weighted),
+    ]
+
+
+def _comparison_cells(outcome: Outcome) -> Mapping[str, str]:
+    tested = outcome.p_value is not None and outcome.p_holm is not None
+    return {
+        "against": outcome.title.removeprefix("the "),
+        "difference": _number(outcome.difference, signed=True),
+        "interval": _interval(outcome.interval, signed=True),
+        "p_value": p_text(outcome.p_value or 0.0).removeprefix("p ") if tested else "–",
+        "p_holm": p_text(outcome.p_holm or 0.0).removeprefix("p ") if tested else "–",
+        "verdict": outcome.verdict,
+        "kind": outcome.verdict.split()[0],
+    }
+
+
+def _bars(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
+    """A chart of the mean, then one for each task. Markup: the charts escape what they are given."""
+    if not rows:
+        return []
+    first = rows[0][1]
+    drawn = [("mean", [Bar(n, m.mean, m.mean_interval, _kind(n)) for n, m in rows])]
+    for task in first.values:
+        bars = [Bar(n, m.values[task], m.intervals[task], _kind(n)) for n, m in rows]
+        drawn.append((f"{task} ({first.items[task]} items)", bars))
+    return [
+        (title, Markup(charts.bars(f"bars-{i}", title, bars)))
+        for i, (title, bars) in enumerate(drawn)
+    ]
+
+
+def _kind(label: str) -> str:
+    if label.startswith("winner"):
+        return "winner"
+    return "source" if label.startswith("source ") else "baseline"
+
+
+def _history(report: Report, trials: Sequence[Trial]) -> Markup | None:
+    searched = [t for t in trials if t.kind == "search" and t.state.finished]
+    if not searched:
+        return None
+    first = min(t.number for t in trials if t.kind == "search")
+    dots = [
+        Dot(t.number - first + 1, _search_mean(t, report.weights), f"trial {t.number}")
+        for t in searched
+    ]
+    scored = {name: c for name, c in report.baselines.items() if c and "search" in c.parts}
+    references = {_reference(n, c): c.parts["search"].mean for n, c in scored.items()}
+    return Markup(charts.history(dots, references))
+
+
+def _search_mean(trial: Trial, weights: Mapping[str, float]) -> float | None:
+    if trial.state is not State.COMPLETE or "search" not in trial.scores:
+        return None
+    (mean,) = trial.scores["search"].values(weights, pareto=False)
+    return mean if math.isfinite(mean) else None
+
+
+def _reference(name: str, candidate: Candidate) -> str:
+    return candidate.title if name != "task_arithmetic" else candidate.trial.label
+
+
+def _coefficients(candidate: Candidate, record: StudyRecord) -> Coefficients | None:
+    layers = int(record.inspection.get("layers") or _UNKNOWN_DEPTH)
+    tensors = record.inspection.get("tensors") or typical_tensors(layers)
+    return coefficients(Recipe.from_json(candidate.trial.recipe), tensors)
+
+
+def _heat_maps(heat: Coefficients) -> list[tuple[str, Markup]]:
+    return [
+        (grid.title, Markup(charts.heat_map(f"heat-{i}", grid, heat.largest)))
+        for i, grid in enumerate(heat.grids)
+    ]
+
+
+def _found(record: StudyRecord) -> list[Fact]:
+    """What was recorded of the models, tasks and versions when the study was created."""
+    kept = {k: v for k, v in record.inspection.items() if k not in _BULKY}
+    digests = record.inspection.get("digests", {})
+    facts = [(f"digest of {path}", str(digest)) for path, digest in digests.items()]
+    shown = [(k, v if isinstance(v, str) else json.dumps(v, default=str)) for k, v in kept.items()]
+    return [*shown, ("scorer", record.scorer_digest), *facts]
+
+
+def _yaml(document: Any) -> str:
+    plain = json.loads(json.dumps(document, default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=88)
+
+
+def _number(value: float | None, *, signed: bool = False) -> str:
+    if value is None:
+        return "–"
+    return f"{value:+.3f}" if signed else f"{value:.3f}"
+
+
+def _interval(interval: tuple[float, float] | None, *, signed: bool = False) -> str:
+    if interval is None:
+        return ""
+    low, high = (_number(end, signed=signed) for end in interval)
+    return f"[{low}, {high}]"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _moment(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M UTC")
