@@ -53,7 +53,7 @@ def _faults(space: Space, method: MergeMethod | type[MergeMethod], count: int) -
 
 def _wrong_section(where: str, parameter: Parameter) -> str:
     owner = "each source" if parameter.scope == "source" else "the recipe"
-    return f"{where}: {owner} has its own {parameter.name}; move it to `{parameter.scope}`"
+    return f"{where}: {parameter.name} belongs to {owner}; move it to `{parameter.scope}`"
 
 
 def _value_faults(where: str, parameter: Parameter, entry: Any) -> Iterator[str]:

@@ -1,0 +1,230 @@
+"""The grammar, the genes and decoding, on spaces small enough to work by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import expit, logit
+
+from evomerge.errors import SpecError
+from evomerge.merging.recipe import ModelRef
+from evomerge.space import load_space, show
+from evomerge.space.scales import from_unit, to_unit
+
+SCALE = {"name": "scale", "per": "source", "low": 0.0, "high": 2.0, "init": 0.5}
+CURVE = {
+    "name": "curve",
+    "per": "type",
+    "types": ["mlp", "embedding"],
+    "knots": 2,
+    "low": 0.5,
+    "high": 1.5,
+    "init": 1.0,
+}
+DENSITY = {"blocks": 2, "low": 0.01, "high": 1.0, "init": 0.1, "scale": "log"}
+DOCUMENT = {
+    "method": "ties",
+    "source": {"weight": [SCALE, CURVE], "density": [DENSITY]},
+    "recipe": {"lambda": 1, "normalize": False},
+}
+MODELS = {"b": ModelRef("zoo/b"), "a": ModelRef("zoo/a")}
+
+
+def decode(document, genome, models=MODELS):
+    space = load_space(document)
+    return space.decode(genome, base=ModelRef("zoo/base"), sources=models, dtype=None, seed=3)
+
+
+def faults(document) -> list[str]:
+    with pytest.raises(SpecError) as error:
+        load_space(document)
+    return error.value.problems
+
+
+def test_genes_by_parameter_then_factor_then_source_type_and_depth():
+    genes = load_space(DOCUMENT).genes(["b", "a"])
+    assert {gene.name: gene.does for gene in genes} == {
+        "density[0]": "density from depth 0 to 0.5",
+        "density[1]": "density from depth 0.5 to 1",
+        "weight.scale[b]": "factor on weight of source b",
+        "weight.scale[a]": "factor on weight of source a",
+        "weight.curve[mlp][0]": "factor on weight in mlp tensors at the first layer",
+        "weight.curve[mlp][1]": "factor on weight in mlp tensors at the last layer",
+        "weight.curve[embedding]": "factor on weight in embedding tensors",
+    }
+
+
+def test_decoding_worked_by_hand():
+    recipe = decode(DOCUMENT, (0.0, 1.0, 0.25, 1.0, 0.0, 0.5, 1.0))
+    assert recipe.parameters == {"lambda": 1.0, "normalize": False}
+    assert [source.name for source in recipe.sources] == ["b", "a"]
+    assert recipe.sources[1].parameters == {
+        "density": {"blocks": [0.01, 1.0]},
+        "weight": [
+            {"type": "mlp", "value": [2.0 * 0.5, 2.0 * 1.0]},
+            {"type": "embedding", "value": 2.0 * 1.5},
+            {"value": 2.0},
+        ],
+    }
+    assert recipe.sources[0].parameters["weight"][0] == {"type": "mlp", "value": [0.25, 0.5]}
+    assert recipe.canonical() == (
+        '{"base":"zoo/base","dtype":null,"method":"ties",'
+        '"parameters":{"lambda":1.0,"normalize":false},"seed":3,"sources":['
+        '{"digest":"zoo/b","name":"b","parameters":{"density":{"blocks":[0.01,1.0]},'
+        '"weight":[{"type":"mlp","value":[0.25,0.5]},{"type":"embedding","value":0.75},'
+        '{"value":0.5}]}},'
+        '{"digest":"zoo/a","name":"a","parameters":{"density":{"blocks":[0.01,1.0]},'
+        '"weight":[{"type":"mlp","value":[1.0,2.0]},{"type":"embedding","value":3.0},'
+        '{"value":2.0}]}}]}'
+    )
+
+
+def test_a_type_not_listed_keeps_the_factor_at_its_start():
+    t = {"per": "type", "types": ["mlp"], "low": 0.0, "high": 1.0, "init": 0.25}
+    recipe = decode({"method": "slerp", "recipe": {"t": [t]}}, (1.0,))
+    assert recipe.parameters == {"t": [{"type": "mlp", "value": 1.0}, {"value": 0.25}]}
+
+
+def test_the_genome_does_not_depend_on_the_order_of_keys():
+    turned = {
+        key: dict(reversed(value.items())) if isinstance(value, dict) else value
+        for key, value in reversed(DOCUMENT.items())
+    }
+    genome = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    assert decode(turned, genome).digest == decode(DOCUMENT, genome).digest
+
+
+def test_encode_and_decode_are_inverse():
+    space = load_space(DOCUMENT)
+    genome = space.encode({"weight.scale[a]": 1.25, "density[1]": 0.02}, ["b", "a"])
+    recipe = decode(DOCUMENT, genome)
+    assert recipe.sources[1].parameters["weight"][2]["value"] == pytest.approx(1.25)
+    assert recipe.sources[1].parameters["density"]["blocks"] == pytest.approx([0.1, 0.02])
+    assert recipe.sources[0].parameters["weight"][2]["value"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("values", [{"weight.scale[c]": 1.0}, {"weight.scale[a]": 2.5}])
+def test_encode_refuses_what_is_not_in_the_space(values):
+    with pytest.raises(ValueError, match="scale"):
+        load_space(DOCUMENT).encode(values, ["a", "b"])
+
+
+@pytest.mark.parametrize("genome", [(0.5,) * 6, (0.5,) * 6 + (1.01,), (0.5,) * 6 + (float("nan"),)])
+def test_decode_refuses_what_is_no_genome(genome):
+    with pytest.raises(ValueError, match="gene"):
+        decode(DOCUMENT, genome)
+
+
+@given(st.floats(0, 1), st.floats(0.01, 0.4), st.floats(0.5, 0.99))
+def test_scales(u, low, high):
+    assert from_unit(u, low=low, high=high, scale="linear") == pytest.approx(low + u * (high - low))
+    log = low * (high / low) ** u
+    assert from_unit(u, low=low, high=high, scale="log") == pytest.approx(log)
+    mixed = expit(logit(low) + u * (logit(high) - logit(low)))
+    assert from_unit(u, low=low, high=high, scale="logit") == pytest.approx(mixed)
+    for scale in ("linear", "log", "logit"):
+        value = from_unit(u, low=low, high=high, scale=scale)
+        assert low <= value <= high
+        assert to_unit(value, low=low, high=high, scale=scale) == pytest.approx(u, abs=1e-9)
+        ends = [from_unit(end, low=low, high=high, scale=scale) for end in (0.0, 1.0)]
+        assert ends == [low, high]
+
+
+def test_every_fault_of_a_document_is_reported_at_once():
+    document = {
+        "methd": "ties",
+        "source": {
+            "weight": [
+                {**SCALE, "low": 3.0},
+                {**CURVE, "types": ["mpl"]},
+                {"name": "x", "lo": 0.0, "low": 0.0, "high": "1", "init": 0.5},
+            ],
+            "density": [{**DENSITY, "low": 0.0, "init": 0.0}],
+            "other": [{**SCALE, "init": 5.0}],
+            "empty": [],
+            "nothing": None,
+        },
+    }
+    assert faults(document) == [
+        "missing key 'method'",
+        "source.weight.0: low must be below high, got low 3 and high 2",
+        "source.weight.1.types: unknown type 'mpl'; did you mean 'mlp'?",
+        "source.weight.2.high: Input should be a valid number, got '1'",
+        "unknown key 'source.weight.2.lo'; did you mean 'low'?",
+        "source.density.0: scale log needs low > 0, got low 0",
+        "source.other.0: init 5 lies outside [0, 2]",
+        "source.empty: expected at least one factor",
+        "source.nothing: expected a fixed value, or a list of factors {low, high, init, ...}",
+        "unknown key 'methd'; did you mean 'method'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("factors", "fault"),
+    [
+        ([SCALE, {**SCALE}], "several factors are named 'scale'"),
+        ([SCALE, DENSITY], "each of several factors needs a name"),
+        ([CURVE, {**DENSITY, "name": "block"}], "only one factor of a parameter may vary"),
+        ([{**SCALE, "per": ["type"]}], "per type needs types"),
+        ([{**SCALE, "types": ["mlp"]}], "types is given, but per does not hold type"),
+        ([{**CURVE, "blocks": 3}], "knots and blocks are two ways"),
+        ([{**CURVE, "types": ["mlp", "mlp"]}], "type 'mlp' is listed twice"),
+        ([{**SCALE, "per": ["source", "source"]}], "per lists 'source' twice"),
+        ([{**SCALE, "scale": "logit"}], "scale logit needs 0 < low"),
+        ([{**SCALE, "low": float("nan")}], "finite number"),
+        ([{**SCALE, "low": True}], "valid number"),
+        ([{**CURVE, "knots": 1}], "greater than or equal to 2"),
+        (float("inf"), "finite number"),
+    ],
+)
+def test_each_fault_is_named(factors, fault):
+    found = faults({"method": "ties", "source": {"weight": factors}})
+    assert len(found) == 1
+    assert found[0].startswith("source.weight")
+    assert fault in found[0]
+
+
+def test_a_space_that_searches_nothing_is_refused():
+    assert "nothing is searched" in faults({"method": "ties", "source": {"weight": 0.5}})[0]
+
+
+def test_unknown_names_and_files():
+    assert "did you mean 'source_depth'?" in faults("source_dept")[0]
+    assert "known: dare_ties_blocks" in faults("source_dept")[0]
+    assert "known: dare_ties_blocks" in faults("zzz")[0]
+    assert faults("nowhere/space.yaml") == ["no such file"]
+
+
+def test_a_file_is_read_like_a_mapping(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: linear\nsource: {weight: [{low: 0, high: 1, init: 0.5}]}\n")
+    assert load_space(str(path)).genes(["a"])[0].name == "weight"
+    path.write_text("- method\n")
+    assert "is a mapping" in faults(str(path))[0]
+
+
+def test_show_needs_no_sources():
+    rows = show(load_space("source_scalar"))
+    assert [row["name"] for row in rows] == ["weight[source_1]", "weight[source_2]"]
+    assert rows[1] == {
+        "index": 1,
+        "name": "weight[source_2]",
+        "low": 0.0,
+        "high": 1.5,
+        "init": 0.4,
+        "scale": "linear",
+        "does": "weight of source source_2",
+    }
+    assert [row["name"] for row in show(load_space("source_scalar"), ["x"])] == ["weight[x]"]
+
+
+def test_spaces_and_their_genomes_need_no_torch():
+    code = (
+        "import sys; from evomerge.space import load_space, show; show(load_space('ties_blocks'));"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'optuna', 'cmaes')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
