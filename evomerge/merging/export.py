@@ -22,10 +22,10 @@ from evomerge.checkpoints.compare import compare
 from evomerge.checkpoints.files import INDEX, WEIGHTS
 from evomerge.checkpoints.writer import Entry, header, in_order, write_file
 from evomerge.errors import (
+    CandidateError,
     CheckpointError,
     ExportError,
     MergeError,
-    NonFiniteModel,
     NonFiniteTensor,
     SpecError,
 )
@@ -202,7 +202,7 @@ def _write_weights(
             for written in write_file(folder / file_name, entries, _elements(merge, entries)):
                 done += written
                 progress(done / total)
-    except NonFiniteModel as error:
+    except CandidateError as error:
         raise MergeError(str(error)) from error
     if len(shards) > 1:
         weight_map = {e.name: name for name, entries in shards.items() for e in entries}

@@ -133,7 +133,8 @@ class Merge:
                     f" {list(checkpoint.shape(name))}; all sources must share the base's"
                     " architecture"
                 )
-        base = self.base.tensor(name).reshape(-1) if self.base else None
+        needs_base = self.base is not None and self._method.needs_base
+        base = self.anchor.tensor(name).reshape(-1) if needs_base else None
         sources = [self.sources[source].tensor(name).reshape(-1) for source in coefficients.names]
 
         def blocks() -> Iterator[Block]:
