@@ -44,8 +44,7 @@ class Drop:
         """τ where it is kept, else 0; not rescaled. Shapes: tau [n] from flat index `start`."""
         if self.density >= 1:
             return tau
-        mask = kept(self.key, start, tau.numel(), density=self.density, device=tau.device)
-        return torch.where(mask, tau, 0.0)
+        return tau * kept(self.key, start, tau.numel(), density=self.density, device=tau.device)
 
 
 def drops(blocks: Blocks, coefficients: Coefficients) -> tuple[Drop, ...]:

@@ -111,17 +111,22 @@ def consensus(
     """
     elected = signs(votes)
     if tie:
-        elected = torch.where(elected == 0, float(tie), elected)
-    agreeing = [vote * elected > 0 for vote in votes]
-    chosen = [torch.where(agree, vote, 0.0) for agree, vote in zip(agreeing, votes, strict=True)]
+        elected += (1 - elected.abs()) * tie
+    agreeing = [_agreeing(vote, elected) for vote in votes]
     if aggregate == "max":
-        return _largest(chosen).mul_(elected)
-    total = _total(chosen)
+        return _largest(agreeing).mul_(elected)
+    total = _total(agreeing).mul_(elected)
     if aggregate == "sum" or not normalize:
         return total
-    divisor = weighted_sum((agree.float() for agree in agreeing), weights)
+    divisor = weighted_sum((magnitude.sign() for magnitude in agreeing), weights)
     assert divisor is not None
     return total.div_(torch.where(divisor.abs() < NO_WEIGHT, 1.0, divisor))
+
+
+def _agreeing(vote: Tensor, elected: Tensor) -> Tensor:
+    """|v| where v has the elected sign, else 0. Shapes: [n]."""
+    # clamp keeps or drops the sign of zero by whether it runs vectorised; adding 0 settles it
+    return (vote * elected).clamp_(min=0).add_(0.0)
 
 
 def _total(rows: Sequence[Tensor]) -> Tensor:
@@ -132,7 +137,7 @@ def _total(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _largest(rows: Sequence[Tensor]) -> Tensor:
-    largest = rows[0].abs()
+    largest = rows[0].clone()
     for row in rows[1:]:
-        largest = torch.maximum(largest, row.abs())
+        torch.maximum(largest, row, out=largest)
     return largest

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
@@ -202,6 +201,6 @@ def _votes(block: Block, trims: Sequence[Cut], weights: Sequence[float]) -> list
         if weight != 0:
             tau = source - block.base
             if not trim.keeps_all:
-                tau = torch.where(trim.mask(tau, block.start), tau, 0.0)
+                tau *= trim.mask(tau, block.start)
             votes.append(tau.mul_(weight))
     return votes
