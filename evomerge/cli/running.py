@@ -106,4 +106,6 @@ def _mirror(url: str, record: StudyRecord, genes: Sequence[str]) -> Mirror | Non
     pareto = record.spec["objective"]["aggregate"] == "pareto"
     tasks = [task["task"] for task in record.spec["objective"]["tasks"]]
     names = tasks if pareto else ["mean"]
-    return OptunaMirror(url, record.name, gene_names=genes, metric_names=names)
+    return OptunaMirror(
+        url, record.name, directions=len(names), gene_names=genes, metric_names=names
+    )

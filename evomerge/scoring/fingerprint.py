@@ -17,17 +17,22 @@ from evomerge.scoring.tasks import OTHER_SEED, RANDOM_SEED, LoadedTask, LoadedTa
 _PACKAGES = ("lm_eval", "torch", "transformers")
 
 
-def scorer_fingerprint(tasks: LoadedTasks, model: Any, *, batch_size: int) -> dict[str, Any]:
-    """JSON data: library versions, tasks, seeds, batch size, dtype, attention and device type."""
+def scorer_fingerprint(
+    tasks: LoadedTasks, *, batch_size: int | str, dtype: str, device: str
+) -> dict[str, Any]:
+    """JSON data: library versions, tasks, seeds, batch size, dtype and device type.
+
+    Needs no model, so that it is known before one is loaded; which attention a model takes follows
+    from its config, the versions and the device.
+    """
     return {
         "packages": {name: version(name) for name in _PACKAGES},
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "tasks": {task.name: _task(task) for task in tasks.tasks},
         "seeds": [RANDOM_SEED, OTHER_SEED],
         "batch_size": batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": getattr(model.config, "_attn_implementation", None),
-        "device": model.device.type,
+        "dtype": dtype,
+        "device": device.partition(":")[0],
     }
 
 

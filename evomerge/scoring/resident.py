@@ -13,7 +13,6 @@ from typing import Any
 
 from evomerge.errors import TaskError
 from evomerge.scoring.engine import Engine, Program, Repeated, Reply
-from evomerge.scoring.fingerprint import scorer_fingerprint
 from evomerge.scoring.tasks import LoadedTask, LoadedTasks, load_tasks, seed_everything
 from evomerge.spec import Evaluation, Objective
 from evomerge.trial import Part, Score, TaskScore
@@ -56,10 +55,6 @@ class ResidentScorer:
     def items(self) -> Mapping[str, tuple[str, ...]]:
         """For each task the content hashes of its items, in the task's own order."""
         return self._tasks.items()
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything but the weights and the items' part that a score depends on."""
-        return scorer_fingerprint(self._tasks, self._engine.model, batch_size=self.batch_size)
 
     def score(self, part: Part) -> Score:
         """Score the model as it is now. The same weights give the same Score.

@@ -66,7 +66,7 @@ def history(dots: Sequence[Dot], references: Mapping[str, float]) -> str:
 
 def bars(key: str, title: str, rows: Sequence[Bar]) -> str:
     """Horizontal bars from 0, one a row, with interval whiskers and the value in figures."""
-    width, row_height, left, right = 380, 24, 150, 52
+    width, row_height, left, right = 400, 24, 180, 48
     height = row_height * len(rows) + 6
     ends = [end for row in rows for end in (row.value, *(row.interval or ()))]
     whole = [0.0, 1.0] if min(ends) >= 0 and max(ends) <= 1 else [0.0]
@@ -76,7 +76,7 @@ def bars(key: str, title: str, rows: Sequence[Bar]) -> str:
     for place, row in enumerate(rows):
         middle = row_height * place + row_height / 2 + 3
         name = _label(svg, left - 8, middle, row.label, anchor="end", kind=f"label {row.kind}")
-        name.text = _shorten(row.label, 21)
+        name.text = _shorten(row.label, 25)
         _add(name, "title").text = _clean(row.label)
         start, end = sorted((x(0.0), x(row.value)))
         box = {"x": start, "y": middle - 8, "width": end - start, "height": 16}
@@ -218,7 +218,7 @@ def _cell(
     rect = _add(svg, "rect", **box, **{"class": f"cell {hue}", "fill-opacity": f"{share:.3f}"})
     _add(rect, "title").text = _clean(f"{where}: {value:.4f}")
     if width >= 34:
-        kind = "figure deep" if share > 0.55 else "figure"
+        kind = "figure deep" if share > 0.8 else "figure"
         _label(svg, x + width / 2, y + height / 2, f"{value:.2f}", anchor="middle", kind=kind)
 
 

@@ -41,7 +41,15 @@ class Coefficients:
     @property
     def largest(self) -> float:
         """The largest magnitude of any cell."""
-        return max((abs(v) for grid in self.grids for v in grid.cells.values()), default=0.0)
+        return max((abs(v) for v in self._values()), default=0.0)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest value of any cell, with its sign."""
+        return min(self._values(), default=0.0)
+
+    def _values(self) -> list[float]:
+        return [value for grid in self.grids for value in grid.cells.values()]
 
 
 def coefficients(recipe: Recipe, tensors: Sequence[str]) -> Coefficients | None:

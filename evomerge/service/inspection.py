@@ -13,7 +13,7 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compare import compare
 from evomerge.errors import SpecError, UserError
 from evomerge.merging.layout import layer_of
-from evomerge.scoring.fingerprint import digest_of, scorer_fingerprint
+from evomerge.scoring.fingerprint import fingerprint_digest, scorer_fingerprint
 from evomerge.scoring.tasks import LoadedTasks, load_tasks
 from evomerge.space import Space, check_space, load_space
 from evomerge.spec import StudySpec
@@ -35,7 +35,9 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
         raise SpecError(f"study {spec.name!r}", problems)
     base = models[spec.base]
     dtype = spec.evaluation.dtype if spec.evaluation.dtype != "auto" else _dtype(base)
-    fingerprint = scorer_fingerprint(tasks, spec.evaluation, dtype=dtype, device=device)
+    fingerprint = scorer_fingerprint(
+        tasks, batch_size=spec.evaluation.batch_size, dtype=dtype, device=device
+    )
     return {
         "digests": {path: scan.digest for path, scan in scans.items()},
         "dtype": dtype,
@@ -45,7 +47,7 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
         "items": {name: list(hashes) for name, hashes in tasks.items().items()},
         "metrics": {task.name: f"{task.metric},{task.filter}" for task in tasks.tasks},
         "fingerprint": fingerprint,
-        "scorer_digest": digest_of(fingerprint),
+        "scorer_digest": fingerprint_digest(fingerprint),
     }
 
 

@@ -22,6 +22,7 @@ from evomerge.service import charts
 from evomerge.service.charts import Bar, Dot
 from evomerge.service.coefficients import Coefficients, coefficients, typical_tensors
 from evomerge.service.cost import Cost
+from evomerge.service.measurement import Interval
 from evomerge.service.report import Candidate, Outcome, Report, p_text
 from evomerge.service.report_table import Row, rows_of
 from evomerge.store.base import StudyRecord
@@ -114,24 +115,25 @@ def _comparison_cells(outcome: Outcome) -> Mapping[str, str]:
 
 
 def _bars(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
-    """A chart of the mean, then one for each task. Markup: the charts escape what they are given."""
+    """A chart of the mean, then one for each task. Markup is safe: the charts escape names."""
     if not rows:
         return []
     first = rows[0][1]
-    drawn = [("mean", [Bar(n, m.mean, m.mean_interval, _kind(n)) for n, m in rows])]
-    for task in first.values:
-        bars = [Bar(n, m.values[task], m.intervals[task], _kind(n)) for n, m in rows]
-        drawn.append((f"{task} ({first.items[task]} items)", bars))
+    drawn = [("mean", [_bar(label, m.mean, m.mean_interval) for label, m in rows])]
+    for task, items in first.items.items():
+        bars = [_bar(label, m.values[task], m.intervals[task]) for label, m in rows]
+        drawn.append((f"{task} ({items} items)", bars))
     return [
         (title, Markup(charts.bars(f"bars-{i}", title, bars)))
         for i, (title, bars) in enumerate(drawn)
     ]
 
 
-def _kind(label: str) -> str:
-    if label.startswith("winner"):
-        return "winner"
-    return "source" if label.startswith("source ") else "baseline"
+def _bar(label: str, value: float, interval: Interval | None) -> Bar:
+    """The colour says what is a source, so its name has the room for itself."""
+    if label.startswith("source "):
+        return Bar(label.removeprefix("source "), value, interval, "source")
+    return Bar(label, value, interval, "winner" if label.startswith("winner ") else "baseline")
 
 
 def _history(report: Report, trials: Sequence[Trial]) -> Markup | None:
@@ -192,7 +194,7 @@ def _number(value: float | None, *, signed: bool = False) -> str:
     return f"{value:+.3f}" if signed else f"{value:.3f}"
 
 
-def _interval(interval: tuple[float, float] | None, *, signed: bool = False) -> str:
+def _interval(interval: Interval | None, *, signed: bool = False) -> str:
     if interval is None:
         return ""
     low, high = (_number(end, signed=signed) for end in interval)
