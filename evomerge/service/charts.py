@@ -66,7 +66,7 @@ def history(dots: Sequence[Dot], references: Mapping[str, float]) -> str:
 
 def bars(key: str, title: str, rows: Sequence[Bar]) -> str:
     """Horizontal bars from 0, one a row, with interval whiskers and the value in figures."""
-    width, row_height, left, right = 400, 24, 180, 48
+    width, row_height, left, right = 410, 24, 196, 46
     height = row_height * len(rows) + 6
     ends = [end for row in rows for end in (row.value, *(row.interval or ()))]
     whole = [0.0, 1.0] if min(ends) >= 0 and max(ends) <= 1 else [0.0]
@@ -76,7 +76,7 @@ def bars(key: str, title: str, rows: Sequence[Bar]) -> str:
     for place, row in enumerate(rows):
         middle = row_height * place + row_height / 2 + 3
         name = _label(svg, left - 8, middle, row.label, anchor="end", kind=f"label {row.kind}")
-        name.text = _shorten(row.label, 25)
+        name.text = _shorten(row.label, 26)
         _add(name, "title").text = _clean(row.label)
         start, end = sorted((x(0.0), x(row.value)))
         box = {"x": start, "y": middle - 8, "width": end - start, "height": 16}
