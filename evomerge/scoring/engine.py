@@ -32,6 +32,7 @@ class Engine:
             self.lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.model = model
         self.batch_size = batch_size
+        self._decodes = can_decode(model)
         self._windows: dict[tuple[str, ...], list[Window]] = {}
         self._prompts: dict[tuple[str, int], Prompt] = {}
 
@@ -69,7 +70,7 @@ class Engine:
         """The stopping rule of a plain greedy request; None where HFLM has to do it."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-        if instance.request_type != "generate_until" or not can_decode(self.model):
+        if instance.request_type != "generate_until" or not self._decodes:
             return None
         lm = self.lm
         options = dict(normalize_gen_kwargs(instance.args[1], lm.max_gen_toks))
