@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Recipe:
         )
 
     def canonical(self) -> str:
-        """Canonical JSON: sorted keys, no spaces, shortest round-trip floats, models by identity."""
+        """Canonical JSON: sorted keys, no spaces, shortest round-trip floats, models by digest."""
         document = self.to_json()
         document["base"] = self.base.identity if self.base else None
         for entry, source in zip(document["sources"], self.sources, strict=True):
@@ -134,25 +134,24 @@ def load_recipe(path: Path) -> Recipe:
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise SpecError(str(path), ["a recipe is a mapping with `method`, `base`, `sources`"])
+    folder = path.resolve().parent
     faults = [
         f"unknown key {key!r}{nearest(str(key), _KEYS)}" for key in document if key not in _KEYS
     ]
     faults += [f"missing key {key!r}" for key in ("method", "sources") if key not in document]
-    folder = path.resolve().parent
-    sources: tuple[Source, ...] = ()
-    parameters: dict[str, Value] = {}
-    if not faults:
-        sources = tuple(_read_sources(document["sources"], folder, faults))
-        parameters = _read_parameters(document.get("parameters") or {}, "parameters", faults)
+    faults += list(_mistyped(document))
+    base = _read_model("base", document.get("base"), folder, faults)
+    sources = tuple(_read_sources(document.get("sources"), folder, faults))
+    parameters = _read_parameters(document.get("parameters") or {}, "parameters", faults)
     if faults:
         raise SpecError(str(path), faults)
     return Recipe(
         method=document["method"],
-        base=_read_base(document.get("base"), folder),
+        base=base,
         sources=sources,
         parameters=parameters,
         dtype=document.get("dtype"),
-        seed=int(document.get("seed", 0)),
+        seed=document.get("seed", 0),
     )
 
 
@@ -160,33 +159,60 @@ def _model_json(model: ModelRef | None) -> dict[str, Any] | None:
     return None if model is None else {"path": model.path, "digest": model.digest}
 
 
-def _read_base(entry: Any, folder: Path) -> ModelRef | None:
+def _mistyped(document: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("method", "dtype"):
+        if not isinstance(document.get(key), str | None):
+            yield f"{key}: expected a name, got {document[key]!r}"
+    if type(document.get("seed", 0)) is not int:
+        yield f"seed: expected a whole number, got {document['seed']!r}"
+
+
+def _read_model(where: str, entry: Any, folder: Path, faults: list[str]) -> ModelRef | None:
+    """A path or hub name, or {path, digest}."""
     if entry is None:
         return None
-    if isinstance(entry, Mapping):
-        return ModelRef(locate(entry["path"], folder) or "", entry.get("digest"))
-    return ModelRef(locate(str(entry), folder) or "")
+    document = entry if isinstance(entry, Mapping) else {"path": entry}
+    path = document.get("path")
+    if not isinstance(path, str):
+        faults.append(f"{where}: expected a path or the name of a model on the hub, got {path!r}")
+        return None
+    return ModelRef(locate(path, folder) or path, document.get("digest"))
 
 
 def _read_sources(entries: Any, folder: Path, faults: list[str]) -> list[Source]:
     """Sources as a mapping of names, or as the list that `Recipe.to_json` writes."""
-    if isinstance(entries, list):
-        entries = {
-            e.get("name"): {**(e.get("parameters") or {}), "path": e.get("path")} for e in entries
-        }
-    if not isinstance(entries, Mapping) or not entries:
-        faults.append("sources: expected a mapping of names to paths")
+    if entries is None:
         return []
     sources = []
-    for name, entry in entries.items():
-        own = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-        path = own.pop("path", None)
-        if not isinstance(path, str):
-            faults.append(f"sources.{name}: missing key 'path'")
+    for name, entry in _named(entries, faults):
+        where = f"sources.{name}"
+        document = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+        if document.get("path") is None:
+            faults.append(f"{where}: missing key 'path'")
             continue
-        parameters = _read_parameters(own, f"sources.{name}", faults)
-        sources.append(Source(str(name), ModelRef(locate(path, folder) or path), parameters))
+        model = _read_model(where, document, folder, faults)
+        own = {key: value for key, value in document.items() if key not in ("path", "digest")}
+        parameters = _read_parameters(own, where, faults)
+        if model is not None:
+            sources.append(Source(name, model, parameters))
     return sources
+
+
+def _named(entries: Any, faults: list[str]) -> list[tuple[str, Any]]:
+    """Each source's name and entry; a list may name one twice, which the method's check reports."""
+    if isinstance(entries, Mapping) and entries:
+        return [(str(name), entry) for name, entry in entries.items()]
+    if isinstance(entries, list) and entries and all(isinstance(e, Mapping) for e in entries):
+        return [
+            (
+                str(entry.get("name")),
+                {k: v for k, v in entry.items() if k not in ("name", "parameters")}
+                | dict(entry.get("parameters") or {}),
+            )
+            for entry in entries
+        ]
+    faults.append("sources: expected a mapping of names to paths")
+    return []
 
 
 def _read_parameters(entries: Any, where: str, faults: list[str]) -> dict[str, Value]:

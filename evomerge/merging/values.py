@@ -42,14 +42,18 @@ def normalise(value: Value) -> Value:
     if isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):
-        number = float(value) + 0.0
+        try:
+            number = float(value) + 0.0
+        except OverflowError:
+            raise ValueError(f"{value!r} is too large") from None
         if number != number or number in (float("inf"), float("-inf")):
             raise ValueError(f"{value!r} is not a finite number")
         return number
     if isinstance(value, Mapping):
-        if set(value) != {"blocks"} or not value["blocks"]:
+        steps = value.get("blocks")
+        if set(value) != {"blocks"} or not isinstance(steps, Sequence) or not steps:
             raise ValueError(f"{dict(value)!r}: a mapping here is {{blocks: [values]}}")
-        return {"blocks": [_number(entry) for entry in value["blocks"]]}
+        return {"blocks": [_number(entry) for entry in steps]}
     if isinstance(value, Sequence) and value:
         if isinstance(value[0], Mapping):
             return [_rule(rule) for rule in value]
@@ -83,6 +87,8 @@ def _rule(rule: object) -> dict[str, Any]:
         raise ValueError(f"{dict(rule)!r}: a rule is {{type or filter, value}}")
     if "type" in rule and rule["type"] not in TENSOR_TYPES:
         raise ValueError(f"unknown tensor type {rule['type']!r}; known: {', '.join(TENSOR_TYPES)}")
+    if not isinstance(rule.get("filter", ""), str):
+        raise ValueError(f"a filter is a part of a tensor's name, not {rule['filter']!r}")
     inner = normalise(rule["value"])
     if isinstance(inner, list) and inner and isinstance(inner[0], dict):
         raise ValueError("a rule cannot hold rules")
