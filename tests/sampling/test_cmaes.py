@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -86,27 +83,6 @@ def test_a_converged_search_starts_again_elsewhere():
 def test_several_objectives_are_refused():
     with pytest.raises(ValueError, match="one objective"):
         cmaes(3, objectives=2)
-
-
-SEARCH = """
-import hashlib
-from tests.sampling.test_cmaes import cmaes, go_on, sphere
-results = go_on(cmaes(90), range(170), sphere)
-print(hashlib.sha256(repr([r.genome for r in results]).encode()).hexdigest())
-"""
-
-
-@pytest.mark.slow
-def test_the_number_of_blas_threads_changes_no_bit():
-    digests = set()
-    for threads in ("1", "2"):
-        variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        environment = os.environ | dict.fromkeys(variables, threads)
-        done = subprocess.run(
-            [sys.executable, "-c", SEARCH], env=environment, capture_output=True, check=True
-        )
-        digests.add(done.stdout)
-    assert len(digests) == 1
 
 
 def _best(results: list[Told]) -> float:
