@@ -33,13 +33,13 @@ def make_engine(url: str, *, lock_wait_s: float = LOCK_WAIT_S) -> sa.Engine:
         if parsed.get_backend_name() == "sqlite":
             return _sqlite_engine(parsed, lock_wait_s)
         return sa.create_engine(parsed)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise StoreError(f"{_shown(sa.make_url(url))}: {error}; install its driver") from None
     except ArgumentError:
         raise StoreError(
             f"{url!r} is not a store URL; expected one such as sqlite:///evomerge.db or "
             "postgresql+psycopg://user@host/database"
         ) from None
-    except (NoSuchModuleError, ModuleNotFoundError) as error:
-        raise StoreError(f"{_shown(sa.make_url(url))}: {error}; install its driver") from None
 
 
 def check_exists(url: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
@@ -19,7 +18,7 @@ from evomerge.testing.store_builders import StudyUnderTest
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WsgiApp]:
+def app(tmp_path_factory: pytest.TempPathFactory) -> WsgiApp:
     url = f"sqlite:///{tmp_path_factory.mktemp('dashboard')}/store.db"
     study = StudyUnderTest(open_store(url), "zoo-ties")
     study.start()
@@ -28,7 +27,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WsgiApp]:
     mirror.sync(study.store.trials("zoo-ties"))
     mirror.close()
     study.store.close()
-    yield dashboard_app(url)
+    return dashboard_app(url)
 
 
 def request(app: WsgiApp, method: str, path: str) -> tuple[int, bytes]:
