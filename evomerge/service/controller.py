@@ -28,8 +28,8 @@ Propose = Callable[[int, int, Genome], NewTrial]
 class Mirror(Protocol):
     """Shows finished trials elsewhere; may lag, never decides."""
 
-    def sync(self, trials: Sequence[Trial]) -> None:
-        """Bring the mirror up to date with these trials; does nothing twice."""
+    def sync(self, trials: Sequence[Trial]) -> int:
+        """Add the finished trials that the mirror lacks; how many there were."""
 
 
 class Controller:

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-import evomerge.errors
-from evomerge.errors import EvomergeError, WorkerLost
+from evomerge.errors import WorkerLost
 from evomerge.service.executor import Event, Job, Setup
+from evomerge.service.wire import event_of, read_inspection
 from evomerge.spec import Workers
 from evomerge.trial import Failure
 
@@ -56,10 +56,8 @@ class LocalExecutor:
         _send(process, {"inspect": dict(spec)})
         while True:
             for answer in self._read(None):
-                if "inspection" in answer:
-                    return dict(answer["inspection"])
-                if "refused" in answer:
-                    raise _rebuild(answer)
+                if "inspection" in answer or "refused" in answer:
+                    return read_inspection(answer)
             if process not in self._processes:
                 raise WorkerLost(f"the worker died checking the spec: {process.last_words}")
 
@@ -92,7 +90,7 @@ class LocalExecutor:
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """See Executor.poll."""
         answers = self._read(timeout_s)
-        events = [_event(answer) for answer in answers if "token" in answer]
+        events = [event_of(answer) for answer in answers if "token" in answer]
         events += self._lost
         self._lost = []
         return events
@@ -185,27 +183,6 @@ def _send(process: _Process, request: dict[str, Any]) -> None:
     with contextlib.suppress(BrokenPipeError):
         while line:  # a raw pipe may take a part only
             line = line[process.popen.stdin.write(line) or 0 :]
-
-
-def _event(answer: Mapping[str, Any]) -> Event:
-    failure = answer.get("failure")
-    return Event(
-        token=answer["token"],
-        worker=answer["worker"],
-        score=answer.get("score"),
-        failure=Failure(**failure) if failure else None,
-        candidate=bool(answer.get("candidate")),
-        seconds=answer["seconds"],
-    )
-
-
-def _rebuild(answer: Mapping[str, Any]) -> Exception:
-    """The worker's exception, as the class it was where that is one of ours."""
-    name, message = answer["refused"]["failure"]["error"], answer["refused"]["failure"]["message"]
-    kind = getattr(evomerge.errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, EvomergeError):
-        return kind(*answer["arguments"])
-    return EvomergeError(f"{name}: {message}")
 
 
 def _tail(process: _Process) -> str:

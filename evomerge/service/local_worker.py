@@ -15,7 +15,8 @@ import signal
 import sys
 from typing import Any, TextIO
 
-from evomerge.service.worker import Worker, failure_of
+from evomerge.service.wire import answer_inspection
+from evomerge.service.worker import Worker
 
 _PR_SET_PDEATHSIG = 1
 
@@ -34,24 +35,9 @@ def main() -> None:
         if "prepare" in request:
             worker.prepare(**request["prepare"])
         elif "inspect" in request:
-            _answer(answers, _inspect(worker, request["inspect"]))
+            _answer(answers, answer_inspection(worker.inspect, request["inspect"]))
         else:
             _answer(answers, worker.run(**request["run"]))
-
-
-def _inspect(worker: Worker, spec: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return {"inspection": worker.inspect(spec)}
-    except Exception as error:
-        return {"refused": failure_of(error), "arguments": _plain(error.args)}
-
-
-def _plain(arguments: tuple[object, ...]) -> list[object]:
-    try:
-        json.dumps(arguments)
-    except TypeError:
-        return [str(argument) for argument in arguments]
-    return list(arguments)
 
 
 def _answer(stream: TextIO, document: dict[str, Any]) -> None:

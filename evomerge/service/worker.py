@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import CandidateError, EvomergeError, OutOfMemory, UserError
 from evomerge.merging.recipe import Recipe
+from evomerge.service.wire import failure_of
 from evomerge.spec import StudySpec
 
 if TYPE_CHECKING:
@@ -100,26 +100,3 @@ def limit_threads(spec: Mapping[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(int(spec["workers"]["num_cpus"]))
-
-
-def failure_of(error: Exception) -> dict[str, Any]:
-    """What an exception says of the attempt: the candidate's fault, or the infrastructure's."""
-    name, message = type(error).__name__, str(error) or repr(error)
-    if isinstance(error, MemoryError) or name in ("OutOfMemoryError",):
-        name = OutOfMemory.__name__
-    elif not isinstance(error, EvomergeError):
-        message = f"{message} [{_where(error)}]"
-    return {
-        "failure": {"error": name, "message": message},
-        "candidate": isinstance(error, CandidateError),
-        "user": isinstance(error, UserError),
-    }
-
-
-def _where(error: Exception) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return "no traceback"
-    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
