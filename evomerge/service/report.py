@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge.service.cost import Cost, cost
 from evomerge.service.measurement import Interval, Measurement, measure, to_json
 from evomerge.service.verdict import best_baseline, finalists, to_score, winner
 from evomerge.store.base import StudyRecord
-from evomerge.trial import Kind, Part, State, Trial
+from evomerge.trial import Kind, Part, Score, State, Trial
+
+if TYPE_CHECKING:
+    from evomerge.scoring.statistics import Comparison
 
 Verdict = Literal["better", "worse", "no difference shown", "not tested"]
 BASELINES: Mapping[str, Kind] = {
@@ -210,29 +213,29 @@ def _outcomes(
     """The winner against every baseline that was scored on the report items."""
     if champion is None or champion.report is None:
         return ()
-    rivals = {n: c for n, c in baselines.items() if c is not None and c.report is not None}
-    if not rivals:
-        return ()
     from evomerge.scoring.statistics import compare_with_each  # scipy: half a second to import
 
+    ours = champion.trial.scores["report"]
+    rivals = {n: c for n, c in baselines.items() if c is not None and c.report is not None}
+    titles = {name: _against(name, rival) for name, rival in rivals.items()}
     scores = {name: rival.trial.scores["report"] for name, rival in rivals.items()}
-    try:
-        tests = compare_with_each(champion.trial.scores["report"], scores, weights)
-    except ValueError as error:
-        reason = str(error)
-        return tuple(_not_tested(name, _against(name, c), reason) for name, c in rivals.items())
+    untested = {n: why for n, s in scores.items() if (why := _unpaired(ours, s, weights))}
+    tests = compare_with_each(ours, {n: s for n, s in scores.items() if n not in untested}, weights)
     return tuple(
-        _outcome(
-            name,
-            _against(name, rivals[name]),
-            test.difference,
-            test.interval,
-            test.p_value,
-            test.p_adjusted,
-            test.n,
-        )
-        for name, test in tests.items()
+        _untested(name, titles[name], untested[name])
+        if name in untested
+        else _outcome(name, titles[name], tests[name])
+        for name in rivals
     )
+
+
+def _unpaired(ours: Score, theirs: Score, weights: Mapping[str, float]) -> str | None:
+    """Why two scores cannot be compared item by item; None if they can."""
+    for task in weights:
+        a, b = len(ours.tasks[task].outcomes), len(theirs.tasks[task].outcomes)
+        if a != b or a < 2:
+            return f"task {task!r} has {a} and {b} per-item outcomes"
+    return None
 
 
 def _against(name: str, rival: Candidate) -> str:
@@ -243,22 +246,24 @@ def _against(name: str, rival: Candidate) -> str:
     return f"the {rival.title}"
 
 
-def _outcome(
-    name: str,
-    title: str,
-    difference: float,
-    interval: Interval,
-    p_value: float,
-    p_holm: float,
-    items: int,
-) -> Outcome:
-    verdict = _decide(difference, p_holm)
+def _outcome(name: str, title: str, test: Comparison) -> Outcome:
+    verdict = _decide(test.difference, test.p_adjusted)
     joined = f"{verdict} from" if verdict == "no difference shown" else f"{verdict} than"
     sentence = (
-        f"{joined.capitalize()} {title} on {items} items: {difference:+.3f} "
-        f"[{interval[0]:+.3f}, {interval[1]:+.3f}], {p_text(p_holm)} after Holm."
+        f"{joined.capitalize()} {title} on {test.n} items: {test.difference:+.3f} "
+        f"[{test.interval[0]:+.3f}, {test.interval[1]:+.3f}], {p_text(test.p_adjusted)} after Holm."
     )
-    return Outcome(name, title, verdict, sentence, difference, interval, p_value, p_holm, items)
+    return Outcome(
+        name,
+        title,
+        verdict,
+        sentence,
+        test.difference,
+        test.interval,
+        test.p_value,
+        test.p_adjusted,
+        test.n,
+    )
 
 
 def _decide(difference: float, p_holm: float) -> Verdict:
@@ -267,7 +272,7 @@ def _decide(difference: float, p_holm: float) -> Verdict:
     return "no difference shown"
 
 
-def _not_tested(name: str, title: str, reason: str) -> Outcome:
+def _untested(name: str, title: str, reason: str) -> Outcome:
     return Outcome(name, title, "not tested", f"Not tested against {title}: {reason}.")
 
 
@@ -306,8 +311,8 @@ def _overall(
     ]
     so_far = "" if finished else " so far"
     claim = f"he winner{so_far} ({champion.title}) {'; it '.join(clauses)}."
-    items = outcomes[0].items
-    return f"T{claim}" if items is None else f"On {items} items that the search never saw, t{claim}"
+    items = max((o.items or 0 for o in outcomes), default=0)
+    return f"T{claim}" if not items else f"On {items} items that the search never saw, t{claim}"
 
 
 def _listed(titles: Sequence[str]) -> str:

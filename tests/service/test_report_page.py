@@ -1,0 +1,237 @@
+"""The page needs nothing from outside, escapes every name, and draws what the numbers say."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import fake_study as fake
+import pytest
+
+from evomerge.merging.layout import layout
+from evomerge.merging.recipe import ModelRef, Recipe, Source
+from evomerge.merging.values import resolve
+from evomerge.service import charts
+from evomerge.service.charts import Bar, Dot
+from evomerge.service.coefficients import coefficients, typical_tensors
+from evomerge.service.report import build_report
+from evomerge.service.report_page import render
+from evomerge.store.base import StudyRecord
+from evomerge.trial import Trial
+
+SVG = "{http://www.w3.org/2000/svg}"
+LOADING = {"src", "href", "srcset", "data", "action", "poster", "xlink:href"}
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects tags and texts, and checks that every tag is closed in its order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(study: StudyRecord, trials: list[Trial]) -> str:
+    return render(build_report(study, trials), study, trials)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    study = fake.record()
+    return page_of(study, fake.finished(study, fail_every=17))
+
+
+def test_the_page_loads_nothing(page: str) -> None:
+    parsed = Page(page)
+    assert not [tag for tag, _ in parsed.tags if tag in ("script", "link", "iframe", "img")]
+    assert not [attrs for _, attrs in parsed.tags if LOADING & attrs.keys()]
+    rest = page.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?://|url\(|@import", rest)
+
+
+def test_every_chart_is_well_formed_and_has_words(page: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 4 + 1 + 3  # mean and three tasks, the history, three sources
+    ids: list[str] = []
+    for drawing in drawings:
+        root = ET.fromstring(drawing)
+        assert root.get("role") == "img"
+        title, words = root.find(f"{SVG}title"), root.find(f"{SVG}desc")
+        assert title is not None
+        assert words is not None
+        assert title.text
+        assert words.text
+        ids += [title.get("id", ""), words.get("id", "")]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_page_says_what_the_report_says(page: str) -> None:
+    study = fake.record()
+    report = build_report(study, fake.finished(study, fail_every=17))
+    text = Page(page).text
+    assert report.verdict in text
+    for note in report.notes:
+        assert note in text
+    assert report.winner is not None
+    assert report.winner.report is not None
+    assert f"{report.winner.report.mean:.3f}" in text
+    assert "evomerge best zoo-ties --export DIR" in text
+    assert "seed: 7" in text
+    assert "2.13.0" in text
+
+
+def test_names_are_escaped_everywhere() -> None:
+    evil = "<script>alert(1)</script>"
+    study = fake.record((evil, "a&b"), ("<b>x</b>", "y\x00"), name=f'">{evil}', trials=12)
+    parsed = Page(page_of(study, fake.finished(study)))
+    assert not {"script", "b"} & {tag for tag, _ in parsed.tags}
+    assert evil in parsed.text
+    assert "a&b" in parsed.text
+
+
+@pytest.mark.parametrize("how", ["empty", "unfinished", "failed", "pareto"])
+def test_a_page_for_every_kind_of_study(how: str) -> None:
+    study = fake.record(trials=20, aggregate="pareto" if how == "pareto" else "mean")
+    trials = {
+        "empty": lambda: [],
+        "unfinished": lambda: fake.searched(study)[:25],
+        "failed": lambda: fake.searched(study, fail_every=1),
+        "pareto": lambda: fake.finished(study),
+    }[how]()
+    text = Page(page_of(study, trials)).text
+    assert build_report(study, trials).verdict in text
+    assert ("The Pareto front" in text) == (how == "pareto")
+
+
+def test_a_model_of_unknown_depth_is_drawn_all_the_same() -> None:
+    study = fake.record()
+    bare = StudyRecord(study.name, study.spec, {}, study.scorer_digest, study.created_at)
+    assert "by layer and tensor type" in page_of(bare, fake.finished(study))
+
+
+def test_the_template_ships_beside_the_module() -> None:
+    import evomerge.service.report_page as module
+
+    assert (Path(module.__file__).parent / "report.html.j2").is_file()
+
+
+def source(name: str, **parameters: object) -> Source:
+    return Source(name, ModelRef(name), parameters)
+
+
+def test_cells_are_what_the_recipe_resolves_to() -> None:
+    rules = [
+        {"type": "attention", "value": [0.0, 1.0]},
+        {"filter": "mlp", "value": {"blocks": [0.2, 0.8]}},
+        {"value": 0.5},
+    ]
+    recipe = Recipe("ties", ModelRef("base"), (source("a", weight=rules, density=0.3),))
+    names = typical_tensors(5)
+    found = coefficients(recipe, names)
+    assert found is not None
+    assert found.parameter == "weight"
+    (grid,) = found.grids
+    assert grid.columns == ("in", "0", "1", "2", "3", "4", "out")
+    assert [grid.cells["attention", str(i)] for i in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [grid.cells["mlp", str(i)] for i in range(5)] == [0.2, 0.2, 0.8, 0.8, 0.8]
+    assert grid.cells["head", "out"] == grid.cells["embedding", "in"] == 0.5
+    for place in layout(names).values():
+        column = str(place.layer) if place.layer is not None else ("in", "out")[int(place.depth)]
+        assert grid.cells[place.type, column] == resolve(rules, place)
+
+
+def test_a_cell_is_the_mean_of_its_tensors() -> None:
+    rules = [{"filter": "q_proj", "value": 1.0}, {"value": 0.0}]
+    recipe = Recipe("linear", None, (source("a", weight=rules),))
+    found = coefficients(recipe, ["layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj"])
+    assert found is not None
+    assert found.grids[0].cells == {("attention", "0"): 0.5}
+
+
+def test_which_parameter_is_shown() -> None:
+    base = ModelRef("base")
+    two = (source("a"), source("b"))
+    slerp = coefficients(Recipe("slerp", base, two, {"t": [0.0, 1.0]}), typical_tensors(2))
+    assert slerp is not None
+    assert (slerp.parameter, len(slerp.grids)) == ("t", 1)
+    shared = coefficients(Recipe("linear", base, two, {"weight": 1.0}), typical_tensors(2))
+    assert shared is not None
+    assert [grid.title for grid in shared.grids] == ["a", "b"]
+    densities = coefficients(Recipe("x", base, (source("a", density=0.3),)), typical_tensors(2))
+    assert densities is not None
+    assert densities.parameter == "density"
+    assert coefficients(Recipe("x", base, two, {"normalize": True}), typical_tensors(2)) is None
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(0.17, 0.93) == [0.2, 0.4, 0.6, 0.8]
+    assert charts.ticks(0, 1000) == [0, 200, 400, 600, 800, 1000]
+
+
+def test_labels_are_moved_apart_and_stay_inside() -> None:
+    placed = charts.spread([50, 51, 52, 300], 16, 0, 310)
+    assert sorted(placed) == placed
+    assert all(b - a >= 16 for a, b in itertools.pairwise(placed))
+    crowded = charts.spread([99, 98, 97], 16, 0, 100)
+    assert max(crowded) == 100
+    assert crowded[2] < crowded[1] < crowded[0]
+
+
+def test_the_history_has_a_dot_for_each_trial_and_a_rising_line() -> None:
+    dots = [
+        Dot(1, 0.2, "trial 1"),
+        Dot(2, None, "trial 2"),
+        Dot(3, 0.6, "trial 3"),
+        Dot(4, 0.4, ""),
+    ]
+    root = ET.fromstring(charts.history(dots, {"base": 0.3}))
+    circles = root.findall(f"{SVG}circle")
+    heights = [float(circle.get("cy", "")) for circle in circles]
+    assert len(circles) == 3
+    assert heights[1] < heights[2] < heights[0]  # higher scores lie higher
+    assert len([p for p in root.findall(f"{SVG}path") if p.get("class") == "failed"]) == 1
+    (best,) = [p for p in root.findall(f"{SVG}path") if p.get("class") == "best"]
+    assert best.get("d", "").count("V") == 1
+    assert "0.6000" in "".join(root.itertext())
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    rows = [Bar("a", 0.5, (0.4, 0.6), "winner"), Bar("b", 0.25, None, "source")]
+    rects = ET.fromstring(charts.bars("k", "t", rows)).findall(f"{SVG}rect")
+    long, short = (float(rect.get("width", "")) for rect in rects)
+    assert long == pytest.approx(2 * short, abs=0.2)
+
+
+def test_bars_below_zero_end_at_zero() -> None:
+    rows = [Bar("a", -2.0, (-2.5, -1.5), "winner"), Bar("b", -1.0, None, "source")]
+    rects = ET.fromstring(charts.bars("k", "t", rows)).findall(f"{SVG}rect")
+    ends = [float(r.get("x", "")) + float(r.get("width", "")) for r in rects]
+    assert ends[0] == pytest.approx(ends[1], abs=0.2)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.5, -3.0, 1e6])
+def test_a_history_of_one_value_has_a_scale(score: float) -> None:
+    ET.fromstring(charts.history([Dot(1, score, "x")], {}))
