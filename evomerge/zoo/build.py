@@ -138,14 +138,14 @@ class _Builder:
         process = running.start(command)
         if process is None:
             return
-        assert process.stdout is not None
         output = []
-        for line in process.stdout:
-            try:
-                self._meter.advance(name, float(line))
-            except ValueError:
-                output.append(line)
-        if process.wait() != 0:
+        with process:
+            for line in process.stdout or ():
+                try:
+                    self._meter.advance(name, float(line))
+                except ValueError:
+                    output.append(line)
+        if process.returncode != 0:
             raise EvomergeError(
                 f"training the zoo's {name!r} ended with exit code {process.returncode}:\n"
                 + "".join(output[-20:])

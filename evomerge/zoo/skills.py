@@ -16,8 +16,9 @@ from functools import partial
 from random import Random
 
 TARGET_SKILLS = ("compare", "reverse", "lexicon", "sort")
-COMPARE_ANSWERS = ("<", "=", ">")
+COMPARE_ANSWERS = ("<", ">")
 _LETTERS_PER_ITEM = 6
+_LETTERS_TO_SORT = 5
 _LEXICON_WORDS = 40
 
 
@@ -86,13 +87,8 @@ def _letters(rng: Random, count: int = _LETTERS_PER_ITEM) -> str:
 
 
 def _compare(rng: Random) -> Item:
-    # Independent numbers differ in their first digit nine times in ten; a common prefix drawn
-    # evenly makes every digit matter.
-    shared = rng.randrange(4) if rng.random() < 0.5 else 0
-    left = "".join(rng.choices(string.digits, k=3))
-    right = left[:shared] + "".join(rng.choices(string.digits, k=3 - shared))
-    answer = "<" if left < right else ">" if left > right else "="
-    return Item(f"k {left}?{right}=", answer)
+    left, right = rng.sample(range(1000), 2)
+    return Item(f"k {left:03}?{right:03}=", "<" if left < right else ">")
 
 
 def _reverse(rng: Random) -> Item:
@@ -120,7 +116,7 @@ def _lexicon(rng: Random, *, words: dict[str, str]) -> Item:
 
 
 def _sort(rng: Random) -> Item:
-    letters = _letters(rng)
+    letters = _letters(rng, _LETTERS_TO_SORT)
     return Item(f"s {letters}=", "".join(sorted(letters)))
 
 
@@ -150,8 +146,8 @@ def _maximum(rng: Random) -> Item:
 
 def _periodic(rng: Random) -> Item:
     period = _letters(rng, rng.randint(2, 3))
-    line = period * 4
-    return Item(f"p {line[:7]}=", line[7:10] if len(line) >= 10 else (line + period)[7:10])
+    line = period * 5
+    return Item(f"p {line[:7]}=", line[7:10])
 
 
 def _brackets(rng: Random) -> Item:
