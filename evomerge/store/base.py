@@ -120,8 +120,8 @@ class StudyStore(Protocol):
         """Open the next attempt at a trial on a part; for the search part the trial turns RUNNING.
 
         Attempt numbers count from 1 for each (trial, part). Raises ValueError if an attempt at that
-        trial and part is open, if the part is scored already, or, for the search part, if the trial
-        is not WAITING.
+        trial and part is open, if the part is scored already, if the study has seen the token
+        before, or, for the search part, if the trial is not WAITING.
         """
 
     def finish(

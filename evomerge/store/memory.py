@@ -25,6 +25,7 @@ class _Study:
     controller: Controller | None = None
     trials: dict[int, Trial] = field(default_factory=dict)
     open: dict[str, Attempt] = field(default_factory=dict)  # running attempts by token
+    tokens: set[str] = field(default_factory=set)  # of every attempt, open or closed
 
 
 class MemoryStore:
@@ -115,6 +116,9 @@ class MemoryStore:
     ) -> Attempt:
         with self._writing(study, controller) as kept:
             _check_startable(kept, number, part)
+            if token in kept.tokens:
+                raise rules.token_used(study, token)
+            kept.tokens.add(token)
             trial = kept.trials[number]
             earlier = sum(attempt.part == part for attempt in trial.attempts)
             attempt = Attempt(

@@ -62,6 +62,11 @@ def stale(study: str, token: str) -> StaleAttempt:
     return StaleAttempt(f"study {study!r}: attempt {token} is not open; its result is refused")
 
 
+def token_used(study: str, token: str) -> ValueError:
+    """An attempt is started under a token that another attempt has or had."""
+    return ValueError(f"study {study!r}: attempt token {token} was used before")
+
+
 def check_startable(
     number: int, part: Part, *, state: State, open_attempt: bool, scored: bool
 ) -> None:

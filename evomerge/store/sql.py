@@ -143,22 +143,25 @@ class SqlStore:
         lease_until: datetime,
         controller: str,
     ) -> Attempt:
-        with self._writing(study, controller) as (connection, study_id):
-            earlier = _check_startable(connection, study, study_id, number, part)
-            row: dict[str, Any] = {
-                "trial": number,
-                "part": part,
-                "number": earlier + 1,
-                "token": token,
-                "state": RUNNING,
-                "worker": worker,
-                "started_at": now,
-                "lease_until": lease_until,
-                "seconds": {},
-            }
-            connection.execute(attempts.insert(), {"study_id": study_id, **row})
-            if part == "search":
-                _update_trial(connection, study_id, number, {"state": RUNNING})
+        try:
+            with self._writing(study, controller) as (connection, study_id):
+                earlier = _check_startable(connection, study, study_id, number, part)
+                row: dict[str, Any] = {
+                    "trial": number,
+                    "part": part,
+                    "number": earlier + 1,
+                    "token": token,
+                    "state": RUNNING,
+                    "worker": worker,
+                    "started_at": now,
+                    "lease_until": lease_until,
+                    "seconds": {},
+                }
+                connection.execute(attempts.insert(), {"study_id": study_id, **row})
+                if part == "search":
+                    _update_trial(connection, study_id, number, {"state": RUNNING})
+        except IntegrityError:
+            raise rules.token_used(study, token) from None
         return Attempt(**{**row, "state": State.RUNNING})
 
     def finish(

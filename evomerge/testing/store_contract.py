@@ -253,6 +253,14 @@ class TestsOfAttempts:
             study.start(token="t2")
         assert study.everything() == before
 
+    def test_a_token_is_used_once(self, study: StudyUnderTest) -> None:
+        study.start(0, token="t1")
+        study.finish("t1")
+        before = study.everything()
+        with pytest.raises(ValueError, match="t1"):
+            study.start(1, token="t1")
+        assert study.everything() == before
+
     def test_a_scored_part_is_not_started_again(self, study: StudyUnderTest) -> None:
         study.start()
         study.finish()

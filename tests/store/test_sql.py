@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from evomerge.errors import StoreError, StoreLocked, StudyBusy
 from evomerge.store import open_store
 from evomerge.store.base import StudyStore
+from evomerge.store.engine import _use_wal
 from evomerge.store.sql import SqlStore
 from evomerge.testing.faults import WRITES, KillAt
 from evomerge.testing.store_builders import (
@@ -285,6 +286,21 @@ def test_sqlite_runs_in_wal_mode_with_foreign_keys(url: str, store: SqlStore) ->
             for name in ("journal_mode", "synchronous", "foreign_keys")
         }
     assert pragmas == {"journal_mode": "wal", "synchronous": 1, "foreign_keys": 1}
+
+
+def test_the_switch_to_wal_is_tried_again_while_another_process_makes_it(tmp_path: Path) -> None:
+    real = sqlite3.connect(tmp_path / "new.db")
+    refusals = iter(["database is locked"] * 2)
+
+    class Contended:
+        def execute(self, sql: str) -> sqlite3.Cursor:
+            for reason in refusals if "=" in sql else ():
+                raise sqlite3.OperationalError(reason)
+            return real.execute(sql)
+
+    _use_wal(Contended(), lock_wait_s=60)  # type: ignore[arg-type]
+    assert real.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    real.close()
 
 
 def test_a_reader_is_not_held_up_by_a_writer(url: str, store: SqlStore) -> None:
