@@ -90,7 +90,7 @@ def bars(key: str, title: str, rows: Sequence[Bar]) -> str:
 
 def heat_map(key: str, grid: Grid, largest: float) -> str:
     """Cells of tensor type by column; the deeper the colour the larger, another hue below 0."""
-    cell = max(20, min(46, 640 // max(1, len(grid.columns))))
+    cell = max(20, min(40, 640 // max(1, len(grid.columns))))
     left, top, row_height = 84, 20, 24
     width = left + cell * len(grid.columns) + 2
     height = top + row_height * len(grid.types) + 2

@@ -23,7 +23,7 @@ from evomerge.service.charts import Bar, Dot
 from evomerge.service.coefficients import Coefficients, coefficients, typical_tensors
 from evomerge.service.cost import Cost
 from evomerge.service.measurement import Interval
-from evomerge.service.report import Candidate, Outcome, Report, p_text
+from evomerge.service.report import Candidate, Outcome, Report, p_text, title_of
 from evomerge.service.report_table import Row, rows_of
 from evomerge.store.base import StudyRecord
 from evomerge.trial import State, Trial
@@ -145,9 +145,19 @@ def _history(report: Report, trials: Sequence[Trial]) -> Markup | None:
         Dot(t.number - first + 1, _search_mean(t, report.weights), f"trial {t.number}")
         for t in searched
     ]
-    scored = {name: c for name, c in report.baselines.items() if c and "search" in c.parts}
-    references = {_reference(n, c): c.parts["search"].mean for n, c in scored.items()}
-    return Markup(charts.history(dots, references))
+    return Markup(charts.history(dots, _references(trials, report.weights)))
+
+
+def _references(trials: Sequence[Trial], weights: Mapping[str, float]) -> dict[str, float]:
+    """The best baseline of each kind on the search items."""
+    best: dict[str, tuple[float, str]] = {}
+    for trial in trials:
+        mean = _search_mean(trial, weights)
+        if trial.kind == "search" or mean is None:
+            continue
+        if trial.kind not in best or mean > best[trial.kind][0]:
+            best[trial.kind] = (mean, title_of(trial))
+    return {title: mean for mean, title in best.values()}
 
 
 def _search_mean(trial: Trial, weights: Mapping[str, float]) -> float | None:
@@ -155,10 +165,6 @@ def _search_mean(trial: Trial, weights: Mapping[str, float]) -> float | None:
         return None
     (mean,) = trial.scores["search"].values(weights, pareto=False)
     return mean if math.isfinite(mean) else None
-
-
-def _reference(name: str, candidate: Candidate) -> str:
-    return candidate.title if name != "task_arithmetic" else candidate.trial.label
 
 
 def _coefficients(candidate: Candidate, record: StudyRecord) -> Coefficients | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement as RichMeasurement
 from rich.table import Table
 from rich.text import Text
 
@@ -19,15 +21,30 @@ Row = tuple[str, Measurement]
 
 
 def final_table(report: Report) -> Table:
-    """Rows: base, each source, uniform, best task arithmetic, winner; columns: tasks, mean."""
-    table = Table(title=Text(f"{report.study}: report items, 95% intervals"), box=box.SIMPLE_HEAD)
+    """Rows: base, each source, uniform, best task arithmetic, winner; columns: mean, tasks."""
+    title = Text(f"{report.study}: report items")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     header, *rows = _cells(report)
     for place, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if place else "left", no_wrap=place == 0)
+        stacked = Text(name.replace(" (n=", "\n(n="))
+        table.add_column(stacked, justify="right" if place else "left", no_wrap=True)
     for cells in rows:
         best = report.winner is not None and cells[0] == _winner_label(report.winner)
         table.add_row(*(Text(cell) for cell in cells), style="bold" if best else "")
     return table
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The table and what it means; as plain text where the table has no room or no terminal."""
+    table = final_table(report)
+    endless = console.options.update_width(10_000)
+    width = RichMeasurement.get(console, endless, table).maximum
+    if console.is_terminal and width <= console.width:
+        console.print(table)
+        text = "\n".join(sentences(report))
+    else:
+        text = final_text(report)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def final_text(report: Report) -> str:
@@ -75,17 +92,18 @@ def _cells(report: Report) -> list[list[str]]:
     rows = rows_of(report)
     items = rows[0][1].items if rows else {}
     total = sum(items.values())
-    header = ["", *(f"{task} (n={n})" for task, n in items.items()), f"mean (n={total})"]
+    tasks = [f"{task} (n={n})" for task, n in items.items()]
+    header = ["model", f"mean (n={total})", "95% interval", *tasks]
     return [header, *([label, *_scores(m)] for label, m in rows)]
 
 
 def _scores(measurement: Measurement) -> list[str]:
     tasks = [f"{value:.3f}" for value in measurement.values.values()]
-    return [*tasks, f"{measurement.mean:.3f}{_interval(measurement.mean_interval)}"]
+    return [f"{measurement.mean:.3f}", _interval(measurement.mean_interval), *tasks]
 
 
 def _interval(interval: Interval | None) -> str:
-    return "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _escape(cell: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from datetime import timedelta
@@ -9,11 +10,12 @@ from typing import Any
 
 import fake_study as fake
 import pytest
+from rich.console import Console
 
 from evomerge.service.cost import cost, covered_s
 from evomerge.service.measurement import interval, measure
 from evomerge.service.report import Report, build_report
-from evomerge.service.report_table import final_table, final_text
+from evomerge.service.report_table import final_text, print_report
 from evomerge.trial import Score, State, TaskScore, Trial
 
 
@@ -296,12 +298,29 @@ def test_the_text_table_is_aligned_markdown_and_honest() -> None:
     assert len(words.splitlines()) == 1 + 4
 
 
-def test_the_terminal_table_shows_names_as_they_are() -> None:
-    from rich.console import Console
+def shown(report: Report, *, width: int, terminal: bool) -> str:
+    console = Console(record=True, width=width, force_terminal=terminal, file=io.StringIO())
+    print_report(report, console)
+    return console.export_text()
 
-    study = fake.record(tasks=("[red]x[/red]", "b"))
-    console = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(final_table(build_report(study, fake.finished(study))))
-    shown = console.export_text()
-    assert "[red]x[/red] (n=80)" in shown
-    assert "winner (trial" in shown
+
+def test_the_terminal_table_fits_and_shows_names_as_they_are() -> None:
+    study = fake.record(tasks=("[b]x[/b]", "b", "c"))
+    report = build_report(study, fake.finished(study))
+    text = shown(report, width=80, terminal=True)
+    assert "[b]x[/b]" in text
+    assert "…" not in text
+    table = text[: text.index(report.verdict)]
+    assert "|" not in table
+    assert max(len(line.rstrip()) for line in table.splitlines()) <= 80
+    (winner,) = [line.split() for line in table.splitlines() if line.startswith(" winner")]
+    assert report.winner is not None
+    assert report.winner.report is not None
+    assert [f"{value:.3f}" for value in report.winner.report.values.values()] == winner[-3:]
+
+
+@pytest.mark.parametrize(("width", "terminal"), [(40, True), (200, False)])
+def test_without_room_or_terminal_it_is_plain_text(width: int, terminal: bool) -> None:
+    study = fake.record()
+    report = build_report(study, fake.finished(study))
+    assert shown(report, width=width, terminal=terminal).strip() == final_text(report)

@@ -125,6 +125,14 @@ def test_a_page_for_every_kind_of_study(how: str) -> None:
     assert ("The Pareto front" in text) == (how == "pareto")
 
 
+def test_an_unfinished_search_is_drawn_with_its_baselines() -> None:
+    study = fake.record(trials=20)
+    trials = fake.searched(study)[:25]
+    text = Page(page_of(study, trials)).text
+    best = max(t.values or () for t in trials if t.kind == "task_arithmetic")[0]
+    assert re.search(rf"task arithmetic [0-9.]+ {best:.3f}", text)
+
+
 def test_a_model_of_unknown_depth_is_drawn_all_the_same() -> None:
     study = fake.record()
     bare = StudyRecord(study.name, study.spec, {}, study.scorer_digest, study.created_at)
