@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from evomerge.errors import UserError
 from evomerge.sampling.base import Told
@@ -24,6 +24,7 @@ from evomerge.trial import Genome
 
 AUTO_POPULATION = {"tpe": 4, "gp": 4, "nsga2": 20}
 _UNIT = FloatDistribution(0.0, 1.0)
+_GENERATION = NSGAIISampler._get_generation_key()
 
 
 class OptunaSampler(GenerationalSampler):
@@ -80,7 +81,7 @@ class OptunaSampler(GenerationalSampler):
             return TPESampler(seed=seed)
         if self._spec.name == "gp":
             return GPSampler(seed=seed, warn_independent_sampling=False)
-        return _Nsga2(self._population, seed=seed, generation=self._told_generations)
+        return NSGAIISampler(population_size=self._population, seed=seed)
 
     def _rebuilt(self) -> optuna.Study:
         study = optuna.create_study(directions=["maximize"] * self._objectives)
@@ -93,37 +94,15 @@ class OptunaSampler(GenerationalSampler):
                     values=values,
                     params=dict(zip(self._distributions, told.genome, strict=True)),
                     distributions=self._distributions,
-                    system_attrs={
-                        _Nsga2._get_generation_key(): told.index // self._population,
-                    },
+                    system_attrs={_GENERATION: told.index // self._population},
                 )
             )
         if self._spec.name == "nsga2":
-            _Nsga2(self._population, seed=0, generation=0).select_all(study, self._told_generations)
+            # from the first generation on, since Optuna would recurse through all of them
+            selection = NSGAIISampler(population_size=self._population, seed=0)
+            for generation in range(1, self._told_generations + 1):
+                selection.get_parent_population(study, generation)
         return study
-
-
-class _Nsga2(NSGAIISampler):
-    """NSGA-II whose generations are ours.
-
-    Optuna's own counts finished trials, which differs while a generation is half told.
-    """
-
-    def __init__(self, population: int, *, seed: int, generation: int) -> None:
-        super().__init__(population_size=population, seed=seed)
-        self._generation = generation
-
-    def get_trial_generation(self, study: optuna.Study, trial: FrozenTrial) -> int:
-        return self._generation
-
-    def select_all(self, study: optuna.Study, generations: int) -> None:
-        """Choose the parents of every generation, from the first on.
-
-        Optuna orders parents differently when it chooses them and when it reads its choice again,
-        and draws by position: so all proposals must read.
-        """
-        for generation in range(1, generations + 1):
-            self.get_parent_population(study, generation)
 
 
 def _require(name: str, objectives: int) -> None:
