@@ -14,6 +14,8 @@ from typing import Any
 
 from evomerge.scoring.tasks import OTHER_SEED, RANDOM_SEED, LoadedTask, LoadedTasks
 
+# Raise it whenever the scorer's own code changes what the same weights score.
+_SCORER = 1
 _PACKAGES = ("lm_eval", "torch", "transformers")
 
 
@@ -26,6 +28,7 @@ def scorer_fingerprint(
     from its config, the versions and the device.
     """
     return {
+        "scorer": _SCORER,
         "packages": {name: version(name) for name in _PACKAGES},
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "tasks": {task.name: _task(task) for task in tasks.tasks},

@@ -150,10 +150,12 @@ def _find(objective: Objective, problems: list[str]) -> dict[str, tuple[Any, Any
         except (OSError, ValueError, yaml.YAMLError) as error:
             problems.append(f"{wanted.task}: is not a task file: {_one_line(error)}")
             continue
-        if entry is None:
-            missing.append(wanted.task)
-        else:
+        if entry is not None:
             found[wanted.task] = (manager, entry)
+        elif wanted.task.endswith((".yaml", ".yml")):
+            problems.append(f"no such task file: {wanted.task}")
+        else:
+            missing.append(wanted.task)
     if missing:
         found |= _find_shipped(missing, objective, problems)
     return found
@@ -185,11 +187,7 @@ def _find_shipped(
     manager = TaskManager(include_path=objective.include_path)
     index = manager.task_index
     unknown = [name for name in missing if name not in index]
-    for name in unknown:
-        if name.endswith((".yaml", ".yml")):
-            problems.append(f"no such task file: {name}")
-        else:
-            problems.append(f"unknown task {name!r}{_near_names(name, manager, objective)}")
+    problems += [f"unknown task {n!r}{_near_names(n, manager, objective)}" for n in unknown]
     if unknown and objective.include_path:
         problems.extend(unreadable_files(Path(objective.include_path)))
     return {name: (manager, index[name]) for name in missing if name in index}
