@@ -120,8 +120,11 @@ def _histograms(
         return histograms
     for key, _, tau in rows():
         if key in wanted:
-            counts = torch.bincount(digit(key, _patterns(tau)), minlength=1 << _LOW_BITS)
-            histograms[key] = counts if key not in histograms else histograms[key].add_(counts)
+            digits = digit(key, _patterns(tau))
+            ones = torch.ones((), dtype=torch.int64, device=tau.device).expand(digits.numel())
+            if key not in histograms:
+                histograms[key] = ones.new_zeros(1 << _LOW_BITS)
+            histograms[key].index_add_(0, digits, ones)
     return histograms
 
 
