@@ -85,12 +85,13 @@ def random_case(
 ) -> Case:
     """Random weights of σ = 0.02 and fine-tunes `spread` away from them, stored as dtype `born`.
 
-    A fifth of all task-vector entries is exactly 0. With a `method`, its parameters are random too
+    A fifth of all task-vector entries and a tenth of the base are exactly 0, of either sign. With a `method`, its parameters are random too
     (source scope: for every source on its own), inside their bounds.
     """
     generator = torch.Generator().manual_seed(seed)
     dice = random.Random(seed)
     base = (torch.randn(size, generator=generator) * 0.02).to(born).float()
+    base *= torch.rand(size, generator=generator) > 0.1
     names = dice.sample(["add", "Ziel", "code", "math", "é", "sort", "x-1", "b"], sources)
     models: dict[str, Tensor] = {}
     for name in names:
