@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -20,6 +24,7 @@ from evomerge.store.mirror import KEY, MAX_PARAMETERS, OptunaMirror, open_storag
 from evomerge.testing.store_builders import BAD, StudyUnderTest, new_trial, score
 from evomerge.trial import State, Trial
 
+fork = multiprocessing.get_context("fork")
 GENES = ("scale.math", "scale.code")
 
 
@@ -173,3 +178,33 @@ def test_an_optuna_schema_that_cannot_be_used_is_a_store_error(url: str) -> None
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v99'")
     with pytest.raises(StoreError, match="Optuna"):
         open_storage(url)
+
+
+def _mirror_and_die(url: str, trials: list[Trial], nth: int) -> None:
+    """Mirror in a process that is killed at the n-th commit of any engine."""
+    commits = iter(range(10_000))
+
+    @sa.event.listens_for(sa.engine.Engine, "commit")
+    def die(_: sa.Connection) -> None:
+        if next(commits) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    mirror(url).sync(trials)
+    os._exit(0)
+
+
+def test_kill_9_at_any_commit_of_the_mirror_is_made_good(tmp_path: Path) -> None:
+    study = StudyUnderTest(open_store(f"sqlite:///{tmp_path}/source.db"))
+    study.start()
+    study.finish()
+    trials = study.store.trials("s")
+    for nth in itertools.count():
+        url = f"sqlite:///{tmp_path}/{nth}.db"
+        child = fork.Process(target=_mirror_and_die, args=(url, trials, nth))
+        child.start()
+        child.join()
+        mirror(url).sync(trials)
+        assert [trial.user_attrs[KEY] for trial in loaded(url)] == [0], nth
+        if child.exitcode == 0:
+            break
+    assert nth > 5
