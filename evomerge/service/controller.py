@@ -20,6 +20,7 @@ from evomerge.trial import Genome, NewTrial, State, Trial
 
 CONTROLLER_LEASE_S = 30.0
 _WATCH_EVERY_S = 0.5
+_AT_ONCE = 64  # trials recorded in one go, where a sampler would have more
 
 Propose = Callable[[int, int, Genome], NewTrial]
 """(trial number, search index, genome) -> the trial, its recipe decoded."""
@@ -100,8 +101,12 @@ class Controller:
     def _settle(self) -> None:
         """Score the finalists on the selection items, then the winner on the report items."""
         while not self._stopping:
-            finalists = self._spec.budget.finalists
-            todo = to_score(self._ledger.trials, finalists, self._weights)
+            todo = to_score(
+                self._ledger.trials,
+                self._spec.budget.finalists,
+                self._weights,
+                self._dispatcher.given_up,
+            )
             self._dispatcher.enqueue((trial.number, part) for trial, part in todo)
             if self._dispatcher.idle:
                 return
@@ -109,12 +114,15 @@ class Controller:
                 self._step()
 
     def _ask(self) -> None:
-        """Record the next generation, as soon as all before it is told."""
-        index = len(self._ledger) - self._first
-        if self._stopping or index != self._told or index >= self._spec.budget.trials:
+        """Record more of the open generation, or the next one once all before it is told."""
+        index, population = len(self._ledger) - self._first, self._sampler.population
+        opened = self._told >= index - index % population
+        if self._stopping or not opened or self._dispatcher.waiting > _AT_ONCE:
             return
-        size = self._sampler.population - index % self._sampler.population
-        last = min(index + size, self._spec.budget.trials)
+        generation_end = index - index % population + population
+        last = min(generation_end, index + _AT_ONCE, self._spec.budget.trials)
+        if index >= last:
+            return
         trials = [
             self._propose(self._first + i, i, self._sampler.ask(i)) for i in range(index, last)
         ]

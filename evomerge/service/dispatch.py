@@ -20,7 +20,10 @@ _POLL_S = 0.25
 
 
 class Dispatcher:
-    """Keeps workers busy with the queue, and no busier: what waits, waits here."""
+    """Keeps workers busy with the queue, and no busier: what waits, waits here.
+
+    `given_up` holds the tasks that failed for good.
+    """
 
     def __init__(self, spec: StudySpec, ledger: Ledger, executor: Executor) -> None:
         self._spec = spec
@@ -30,7 +33,7 @@ class Dispatcher:
         self._pareto = spec.objective.aggregate == "pareto"
         self._queue: deque[Task] = deque()
         self._failures: Counter[Task] = Counter()
-        self._given_up: set[Task] = set()
+        self.given_up: set[Task] = set()
         self._completed = 0
 
     @property
@@ -39,12 +42,16 @@ class Dispatcher:
         return not self._queue and not self._ledger.live
 
     @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
     def running(self) -> int:
         return len(self._ledger.live)
 
     def enqueue(self, tasks: Iterable[Task]) -> None:
-        """Queue tasks, leaving out those that were given up on."""
-        self._queue.extend(task for task in tasks if task not in self._given_up)
+        """Queue tasks behind those that wait."""
+        self._queue.extend(tasks)
 
     def drop_queue(self) -> None:
         """Forget what waits; the store still has it as WAITING."""
@@ -111,7 +118,7 @@ class Dispatcher:
             seconds=event.seconds,
         )
         if final:
-            self._given_up.add(task)
+            self.given_up.add(task)
         elif not broken:
             self._queue.append(task)
         else:

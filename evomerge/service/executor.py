@@ -50,19 +50,19 @@ class Executor(Protocol):
     """Runs jobs on workers that may die at any moment."""
 
     def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Have one worker check a spec against its checkpoints and tasks, before any model is loaded.
+        """Have one worker check a spec against its checkpoints and tasks; no model is loaded.
 
         Returns the JSON of an Inspection. Raises the UserError that the worker raised.
         """
 
     def prepare(self, setup: Setup) -> None:
-        """Tell every worker, present and to come, what it will be scoring. Comes before any submit."""
+        """Tell every worker, present and to come, what it will score. Comes before any submit."""
 
     def free(self) -> int:
         """How many more jobs can be submitted now without queueing behind another."""
 
     def submit(self, job: Job) -> None:
-        """Start a job. It is reported by exactly one event, or by none if the executor is closed."""
+        """Start a job. Exactly one event reports it, or none if the executor is closed."""
 
     def cancel(self, token: str) -> None:
         """Give up on a job whose lease lapsed: end its worker. No event follows; a token that is

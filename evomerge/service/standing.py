@@ -23,17 +23,14 @@ def standing(
     *,
     running: int = 0,
     elapsed_s: float = 0.0,
-    scored_before: int = 0,
+    work_before: float = 0.0,
 ) -> Progress:
-    """The progress of a study; `scored_before` evaluations were done before `elapsed_s` began."""
+    """The progress of a study; `work_before` (see `work_done`) was there before `elapsed_s`."""
     weights = {task.task: task.weight for task in spec.objective.tasks}
     phase = _phase(spec, trials)
     searched = [t for t in trials if t.kind == "search"]
     baselines = [t for t in trials if t.kind != "search"]
     done, total = _evaluations(spec, trials, phase, weights)
-    scored = sum(len(t.scores) for t in trials)
-    left = spec.budget.trials - sum(t.state.finished for t in searched)
-    left += sum(not t.state.finished for t in baselines) + (total - done) * (phase != "baselines")
     best = {kind: _best([t for t in baselines if t.kind == kind], weights) for kind in _LABELS}
     return Progress(
         study=spec.name,
@@ -51,8 +48,31 @@ def standing(
             if (entry := _entry(trial, _LABELS[kind], weights)) is not None
         ),
         elapsed_s=elapsed_s,
-        left_s=seconds_left(elapsed_s, scored - scored_before, left),
+        left_s=seconds_left(
+            elapsed_s, work_done(spec, trials) - work_before, _work_left(spec, trials)
+        ),
     )
+
+
+def work_done(spec: StudySpec, trials: Sequence[Trial]) -> float:
+    """Evaluations so far, each counted by its part's share of the items."""
+    share = spec.objective.split.model_dump()
+    return float(sum(share[part] for trial in trials for part in trial.scores))
+
+
+def _work_left(spec: StudySpec, trials: Sequence[Trial]) -> float:
+    share = spec.objective.split.model_dump()
+    baselines = [t for t in trials if t.kind != "search"]
+    sources = len(spec.sources)
+    searched = sum(t.kind == "search" and t.state.finished for t in trials)
+    to_search = spec.budget.trials - searched + sum(not t.state.finished for t in baselines)
+    selected = sum("selection" in t.scores for t in trials)
+    reported = sum("report" in t.scores for t in trials)
+    finalists = min(spec.budget.finalists, spec.budget.trials)
+    to_select = max(0, len(baselines) + finalists - selected)
+    to_report = max(0, sources + 4 - reported)  # base, uniform, best lambda, winner
+    work = share["search"] * to_search + share["selection"] * to_select
+    return float(work + share["report"] * to_report)
 
 
 def _phase(spec: StudySpec, trials: Sequence[Trial]) -> Phase:

@@ -26,7 +26,7 @@ from evomerge.service.dispatch import Dispatcher
 from evomerge.service.executor import Executor, Setup
 from evomerge.service.ledger import Clock, Ledger, utc_now
 from evomerge.service.progress import Progress
-from evomerge.service.standing import standing
+from evomerge.service.standing import standing, work_done
 from evomerge.space import Space, load_space
 from evomerge.spec import StudySpec
 from evomerge.store.base import Controller as Holder
@@ -120,12 +120,12 @@ def build_controller(
         ledger.create(baselines(models.base, models.sources, models.dtype))
     genes = space.genes(list(models.sources))
     executor.prepare(Setup(record.spec, models.dtype))
-    scored_before, started_s = sum(len(t.scores) for t in ledger.trials), time.monotonic()
+    work_before, started_s = work_done(spec, ledger.trials), time.monotonic()
 
     def show(ledger: Ledger, running: int) -> None:
         elapsed_s = time.monotonic() - started_s
         watch(standing(spec, ledger.trials, running=running, elapsed_s=elapsed_s,
-                       scored_before=scored_before))  # fmt: skip
+                       work_before=work_before))  # fmt: skip
 
     return Controller(
         spec,

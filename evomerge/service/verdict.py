@@ -8,7 +8,7 @@ the search and the selection items together, each counted once. The baselines th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from evomerge.sampling.pareto import pareto_front
 from evomerge.trial import Kind, Part, State, TaskScore, Trial
@@ -29,7 +29,7 @@ def finalists(trials: Sequence[Trial], count: int) -> list[Trial]:
 
 
 def merit(trial: Trial, weights: Weights) -> float | None:
-    """The weighted mean over the search and selection items together; None until both are scored."""
+    """The weighted mean over search and selection items together; None until both are scored."""
     if not {"search", "selection"} <= trial.scores.keys():
         return None
     per_task = {task: _pooled(trial, task) for task in weights}
@@ -38,7 +38,7 @@ def merit(trial: Trial, weights: Weights) -> float | None:
 
 
 def best_of(trials: Sequence[Trial], weights: Weights) -> Trial | None:
-    """The trial of highest merit among those scored on the selection items; the earliest if equal."""
+    """The trial of highest merit among those scored on selection items; the earliest if equal."""
     scored = [(value, -t.number, t) for t in trials if (value := merit(t, weights)) is not None]
     return max(scored, key=lambda entry: entry[:2])[2] if scored else None
 
@@ -53,15 +53,25 @@ def best_baseline(trials: Sequence[Trial], kind: Kind, weights: Weights) -> Tria
     return best_of([t for t in trials if t.kind == kind], weights)
 
 
-def to_score(trials: Sequence[Trial], count: int, weights: Weights) -> list[tuple[Trial, Part]]:
+def to_score(
+    trials: Sequence[Trial],
+    count: int,
+    weights: Weights,
+    given_up: Container[tuple[int, Part]] = (),
+) -> list[tuple[Trial, Part]]:
     """What is still to be scored once the search is over, in order.
 
     First the finalists and all baselines on the selection items; when none of these is open, base,
-    sources, the averages and the winner on the report items.
+    sources, the averages and the winner on the report items. What was `given_up` is not waited for.
     """
+
+    def missing(candidates: Sequence[Trial], part: Part) -> list[tuple[Trial, Part]]:
+        scored = [t for t in candidates if t.state is State.COMPLETE and part not in t.scores]
+        return [(t, part) for t in scored if (t.number, part) not in given_up]
+
     baselines = [t for t in trials if t.kind != "search"]
     first = [*baselines, *finalists(trials, count)]
-    selection = _missing(first, "selection")
+    selection = missing(first, "selection")
     if selection:
         return selection
     champion = winner(trials, weights)
@@ -70,16 +80,12 @@ def to_score(trials: Sequence[Trial], count: int, weights: Weights) -> list[tupl
     last = [*fixed, *(t for t in (best_lambda, champion) if t is not None)]
     if champion is not None and len(champion.values or ()) > 1:
         last += [t for t in finalists(trials, count) if t.number != champion.number]
-    return _missing(last, "report")
+    return missing(last, "report")
 
 
 def signed(task: TaskScore) -> float:
     """A task's value with the sign that makes more better."""
     return task.value if task.higher_is_better else -task.value
-
-
-def _missing(trials: Sequence[Trial], part: Part) -> list[tuple[Trial, Part]]:
-    return [(t, part) for t in trials if t.state is State.COMPLETE and part not in t.scores]
 
 
 def _pooled(trial: Trial, task: str) -> float:
