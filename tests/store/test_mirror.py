@@ -193,6 +193,7 @@ def _mirror_and_die(url: str, trials: list[Trial], nth: int) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_commit_of_the_mirror_is_made_good(tmp_path: Path) -> None:
     study = StudyUnderTest(open_store(f"sqlite:///{tmp_path}/source.db"))
     study.start()
