@@ -85,8 +85,9 @@ def random_case(
 ) -> Case:
     """Random weights of σ = 0.02 and fine-tunes `spread` away from them, stored as dtype `born`.
 
-    A fifth of all task-vector entries and a tenth of the base are exactly 0, of either sign. With a `method`, its parameters are random too
-    (source scope: for every source on its own), inside their bounds.
+    A fifth of all task-vector entries and a tenth of the base are exactly 0, of either sign. With a
+    `method`, its parameters are random too (source scope: for every source on its own), inside
+    their bounds.
     """
     generator = torch.Generator().manual_seed(seed)
     dice = random.Random(seed)
