@@ -17,7 +17,7 @@
     │       ├── StudyBusy         another controller is running this study
     │       ├── StoreLocked
     │       └── SchemaTooNew      written by a newer evomerge
-    ├── CandidateError            this recipe makes no usable model; the trial fails, the search goes on
+    ├── CandidateError            the recipe makes no usable model; its trial fails, not the search
     │   └── NonFiniteModel
     ├── InfrastructureError       the attempt failed, not the candidate; it is retried
     │   ├── WorkerLost
@@ -28,6 +28,10 @@
 Exceptions cross process boundaries, so every constructor takes positional arguments only and
 passes exactly those to `Exception`: each class survives pickling.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class EvomergeError(Exception):
@@ -52,8 +56,7 @@ class SpecError(UserError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return f"{self.subject}: {self.problems[0]}"
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        return f"{self.subject}: {len(self.problems)} problems\n{lines}"
+        return _listed(f"{self.subject}: {len(self.problems)} problems", self.problems)
 
 
 class CheckpointError(UserError):
@@ -81,7 +84,12 @@ class MergeError(UserError):
 
 
 class TaskError(UserError):
-    """An lm-eval task cannot be loaded, or has too few items."""
+    """An lm-eval task cannot be loaded, or has too few items; one argument for each problem."""
+
+    def __str__(self) -> str:
+        if len(self.args) == 1:
+            return str(self.args[0])
+        return _listed(f"{len(self.args)} problems with the tasks", self.args)
 
 
 class ExportError(UserError):
@@ -138,3 +146,7 @@ class StaleAttempt(EvomergeError):
 
 class StudyStopped(EvomergeError):
     """Every attempt fails in the same way, so the study stopped."""
+
+
+def _listed(heading: str, lines: Iterable[str]) -> str:
+    return "\n".join([heading, *(f"  - {line}" for line in lines)])

@@ -1,14 +1,15 @@
 """The study spec: what a user asks for, checked as far as text alone can be checked.
 
 Reads YAML, names every problem at once and suggests the nearest known key. Opens no checkpoint,
-loads no task and knows no merge method: what needs those is checked by `evomerge.service.inspection`.
+loads no task and knows no merge method: `evomerge.service.inspection` checks what needs those.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,7 @@ class TaskObjective(_Section):
 
 
 class Split(_Section):
-    """Fractions of every task's items: what the search sees, what picks the winner, what is reported."""
+    """Fractions of every task's items: the search's, those that pick the winner, the report's."""
 
     search: float = Field(default=0.4, gt=0, lt=1)
     selection: float = Field(default=0.2, gt=0, lt=1)
@@ -97,7 +98,7 @@ class Budget(_Section):
 
 
 class Evaluation(_Section):
-    """How a candidate is run. `dtype: auto` is the base's; the merged model is rounded to it once."""
+    """How a candidate is run. `dtype: auto` is the base's; a merged model is rounded to it once."""
 
     dtype: Dtype = "auto"
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -105,7 +106,7 @@ class Evaluation(_Section):
 
 
 class Workers(_Section):
-    """Who runs attempts, with how much of a machine each, and for how long without a sign of life."""
+    """Who runs attempts, with how much of a machine each, how long without a sign of life."""
 
     count: int = Field(default=1, ge=1)
     num_cpus: int = Field(default=1, ge=1)
@@ -127,44 +128,53 @@ class StudySpec(_Section):
     evaluation: Evaluation = Evaluation()
     workers: Workers = Workers()
 
-    @model_validator(mode="after")
-    def _pareto_needs_a_sampler(self) -> StudySpec:
-        pareto = self.objective.aggregate == "pareto"
-        if pareto and self.sampler.name in ("cmaes", "gp"):
-            raise ValueError(
-                f"sampler {self.sampler.name!r} has one objective only; "
-                "use nsga2, tpe or random with `aggregate: pareto`"
-            )
-        return self
-
     @classmethod
     def load(cls, path: Path) -> StudySpec:
         """Read a YAML spec; relative paths are taken from the spec's own folder.
 
         Raises SpecError with every problem found.
         """
+        spec, faults = cls.examine(path)
+        if spec is None or faults:
+            raise SpecError(str(path), faults)
+        return spec
+
+    @classmethod
+    def examine(cls, path: Path) -> tuple[StudySpec | None, list[str]]:
+        """Read a YAML spec: the spec without its faulty entries, and every problem found.
+
+        What is left of a faulty spec is there to be inspected, so that the problems of its
+        checkpoints and tasks can be told in the same go; None if too little is left. Raises
+        SpecError if the file cannot be read.
+        """
         document = read_yaml(path)
         if not isinstance(document, dict):
             raise SpecError(str(path), ["a study spec is a mapping with `name`, `base`, `sources`"])
-        return cls.parse(document, subject=str(path), folder=path.resolve().parent)
+        spec, faults = _mended(cls, document)
+        if spec is None:
+            return None, faults
+        return spec._located(path.resolve().parent), faults + spec._conflicts()
 
-    @classmethod
-    def parse(cls, document: dict[str, Any], *, subject: str, folder: Path) -> StudySpec:
-        """Check a document and make its paths absolute. Raises SpecError."""
-        try:
-            spec = cls.model_validate(document)
-        except ValidationError as error:
-            raise SpecError(subject, problems(error, cls)) from None
-        objective = spec.objective.model_copy(
-            update={"include_path": locate(spec.objective.include_path, folder)}
+    def _conflicts(self) -> list[str]:
+        """What is wrong between sections, each of them being fine by itself."""
+        if self.objective.aggregate == "mean" or self.sampler.name not in ("cmaes", "gp"):
+            return []
+        return [
+            f"sampler.name: {self.sampler.name!r} has one objective only; "
+            "use nsga2, tpe or random with `aggregate: pareto`"
+        ]
+
+    def _located(self, folder: Path) -> StudySpec:
+        objective = self.objective.model_copy(
+            update={"include_path": locate(self.objective.include_path, folder)}
         )
-        space = spec.space
+        space = self.space
         if isinstance(space, str) and space.endswith((".yaml", ".yml")):
             space = locate(space, folder) or space
-        return spec.model_copy(
+        return self.model_copy(
             update={
-                "base": locate(spec.base, folder),
-                "sources": {name: locate(path, folder) for name, path in spec.sources.items()},
+                "base": locate(self.base, folder),
+                "sources": {name: locate(path, folder) for name, path in self.sources.items()},
                 "objective": objective,
                 "space": space,
             }
@@ -195,15 +205,47 @@ def read_yaml(path: Path) -> object:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError(str(path), ["no such file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(str(path), [f"cannot be read: {error}"]) from None
+    except OSError as error:
+        raise SpecError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise SpecError(str(path), ["cannot be read: is not UTF-8 text"]) from None
     except yaml.YAMLError as error:
         raise SpecError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from None
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line for each fault that pydantic found, with the nearest known key for an unknown one."""
-    return [_problem(fault["loc"], fault, model) for fault in error.errors()]
+    """One line for each fault that pydantic found; an unknown key's names the nearest known one."""
+    return _lines(error.errors(), model)
+
+
+def _mended(model: type[StudySpec], document: dict[str, Any]) -> tuple[StudySpec | None, list[str]]:
+    """The document without its faulty entries, if the rest is a spec; and a line for each fault."""
+    rest, faults = copy.deepcopy(document), list[str]()
+    while True:
+        try:
+            return model.model_validate(rest), faults
+        except ValidationError as error:
+            # what was dropped may be missed now: only rules that could not be tried before are news
+            news = [f for f in error.errors() if not faults or f["type"] == "value_error"]
+            faults += _lines(news, model)
+            dropped = [_drop(rest, fault["loc"]) for fault in reversed(error.errors())]
+            if not all(dropped):
+                return None, faults
+
+
+def _drop(document: Any, location: tuple[int | str, ...]) -> bool:
+    """Remove the entry at a location, if there is one; its last parts may be pydantic's own."""
+    place: Any = None
+    for part in location:
+        try:
+            inner = document[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        place, document = (document, part), inner
+    if place is None:
+        return False
+    del place[0][place[1]]
+    return True
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -213,20 +255,57 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 
-def _problem(location: tuple[int | str, ...], fault: Any, model: type[BaseModel]) -> str:
-    path = [str(part) for part in location if part not in _UNION_TAGS]
-    where = ".".join(path)
+def _lines(faults: Sequence[Any], model: type[BaseModel]) -> list[str]:
+    """One line for each place; a place where several types were tried is told what each expects."""
+    places: dict[str, list[Any]] = {}
+    for fault in faults:
+        places.setdefault(_where(fault["loc"]), []).append(fault)
+    return [_problem(where, tried, model) for where, tried in places.items()]
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if part not in _NO_KEYS)
+
+
+def _problem(where: str, tried: Sequence[Any], model: type[BaseModel]) -> str:
+    fault = tried[0]
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{nearest(path[-1], _known_keys(location[:-1], model))}"
+        known = _known_keys(fault["loc"][:-1], model)
+        return f"unknown key {where!r}{nearest(str(fault['loc'][-1]), known)}"
     if fault["type"] == "missing":
         return f"missing key {where!r}"
-    message = fault["msg"].removeprefix("Value error, ")
-    got = "" if fault["type"] == "value_error" else f", got {fault['input']!r}"
-    return f"{where}: {message}{got}" if where else message
+    if fault["type"] == "value_error":
+        message = fault["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    expected = " or ".join(dict.fromkeys(_expected(fault) for fault in tried))
+    return f"{where}: expected {expected}, got {fault['input']!r}"
 
 
-# pydantic puts the tried branch of a union into an error's location
-_UNION_TAGS = {"literal['auto']", "constrained-int", "str", "dict[str,any]", "int"}
+def _expected(fault: Any) -> str:
+    """What pydantic wanted, in the words of a YAML file's author."""
+    own = {
+        "string_pattern_mismatch": "letters, digits, '.', '_' and '-', a letter or digit first",
+        "string_too_short": "a name",
+        "too_short": "at least one entry",
+        "dict_type": "a mapping",
+        "model_type": "a mapping",
+        "list_type": "a list",
+        "tuple_type": "a list",
+        "string_type": "a string",
+        "int_parsing": "a whole number",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_parsing": "a number",
+        "float_type": "a number",
+    }
+    message = fault["msg"].removeprefix("Input should be ")
+    if message.startswith(("greater", "less")):
+        message = f"a number {message}"
+    return own.get(fault["type"], message)
+
+
+# what pydantic puts into an error's location beside keys: the tried branch of a union, for one
+_NO_KEYS = {"[key]", "literal['auto']", "constrained-int", "str", "dict[str,any]", "int"}
 
 
 def _known_keys(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:

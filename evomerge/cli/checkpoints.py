@@ -55,7 +55,10 @@ def progress_bar() -> Progress:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, json: AsJson = False
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One method's name; all of them without.")
+    ] = None,
+    json: AsJson = False,
 ) -> None:
     """Every merge method, or one: formula, parameters, what it needs."""
     from evomerge.merging.methods.registry import METHODS, get

@@ -10,7 +10,6 @@ import typer
 
 from evomerge.cli.options import AsJson
 from evomerge.cli.run import show_report
-from evomerge.cli.running import run_study
 from evomerge.cli.zoo import build_with_bar
 from evomerge.spec import StudySpec
 
@@ -38,13 +37,17 @@ def register(app: typer.Typer) -> None:
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("demo"),
     trials: Annotated[int, typer.Option("--trials", min=1, help="Candidates to search.")] = 160,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Another seed, other experts and another search.")
+    ] = 0,
     json: AsJson = False,
 ) -> None:
     """Train a base and four experts, search for the best merge, compare it on unseen items.
 
     Stop it whenever you like: the same command goes on where it was.
     """
+    from evomerge.cli.running import run_study
+
     directory = directory.resolve()
     zoo = build_with_bar(directory / f"zoo-{seed}", seed)
     path, store = directory / f"study-{seed}.yaml", f"sqlite:///{directory / 'evomerge.db'}"

@@ -6,8 +6,10 @@ with `-v` only. Imports neither torch nor ray: `evomerge status` answers at once
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
+from typing import Any
 
 import typer
 
@@ -16,6 +18,7 @@ from evomerge.cli import checkpoints, demo, read, run, service, space, zoo
 from evomerge.errors import EvomergeError, UserError
 
 OK, OURS, USER, INTERRUPTED = 0, 1, 2, 130
+_WORKER_PACKAGES = ("torch", "transformers", "lm_eval", "safetensors", "accelerate")
 
 app = typer.Typer(
     name="evomerge",
@@ -36,7 +39,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Show a traceback with an error."),
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     pass
 
@@ -47,12 +52,13 @@ for group in (demo, run, read, checkpoints, space, zoo, service):
 
 def main() -> None:
     """Run the command line and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # θ on a terminal of another encoding: \u03b8
+            stream.reconfigure(errors="backslashreplace")
     verbose = any(flag in sys.argv[1:] for flag in ("-v", "--verbose"))
     arguments = [flag for flag in sys.argv[1:] if flag not in ("-v", "--verbose")]
     try:
         code = app(arguments, standalone_mode=False)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
     except Exception as error:
         if verbose:
             traceback.print_exc()
@@ -62,19 +68,30 @@ def main() -> None:
 
 def _explain(error: Exception) -> int:
     """Print one line that names the fault and the way out; the exit code it deserves."""
-    usage = getattr(error, "format_message", None)  # what typer raises for a wrong command line
-    if usage is not None:
-        typer.echo(f"evomerge: {usage()}", err=True)
-        return int(getattr(error, "exit_code", USER))
-    if isinstance(error, EvomergeError):
-        typer.echo(f"evomerge: {error}", err=True)
-        return USER if isinstance(error, UserError) else OURS
+    if hasattr(error, "format_message"):  # what typer raises for a wrong command line
+        return _explain_usage(error)
     if isinstance(error, typer.Abort):
-        return INTERRUPTED
-    typer.echo(
-        f"evomerge: {type(error).__name__}: {error} (a fault of ours; -v shows where)", err=True
-    )
-    return OURS
+        return _say("interrupted; nothing is lost, the same command goes on", INTERRUPTED)
+    if isinstance(error, EvomergeError):
+        return _say(str(error), USER if isinstance(error, UserError) else OURS)
+    if isinstance(error, OSError) and error.filename:
+        return _say(f"{error.filename}: {error.strerror}", USER)
+    if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in _WORKER_PACKAGES:
+        return _say(f"needs {error.name}; `pip install 'evomerge[worker]'`", USER)
+    return _say(f"{type(error).__name__}: {error} (a fault of ours; -v shows where)", OURS)
+
+
+def _explain_usage(error: Any) -> int:
+    message = error.format_message().rstrip(".?")
+    if message:  # empty where the help was printed already
+        command = error.ctx.command_path if error.ctx is not None else "evomerge"
+        typer.echo(f"evomerge: {message}; see `{command} --help`", err=True)
+    return int(error.exit_code)
+
+
+def _say(message: str, code: int) -> int:
+    typer.echo(f"evomerge: {message}", err=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Options that several commands share, and how answers are printed."""
+"""Options that several commands share, and how answers are printed on standard output."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 DEFAULT_STORE = "sqlite:///evomerge.db"
 
@@ -23,3 +28,18 @@ AsJson = Annotated[
 def print_json(document: Any) -> None:
     """One JSON document on standard output."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Aligned columns. No cell is ever cut: words wrap on a terminal, nothing wraps in a pipe."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.width = 1 << 16  # measuring is bounded by the width
+    needed = console.measure(table)
+    console.width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
+    console.print(table, soft_wrap=True)

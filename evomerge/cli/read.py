@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json
+from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json, print_table
 from evomerge.errors import UserError
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing
-from evomerge.spec import StudySpec
+from evomerge.spec import PARTS, StudySpec
 from evomerge.store import open_store
 from evomerge.store.base import StudyRecord
 from evomerge.trial import Score, Trial
@@ -32,7 +29,9 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    study: Annotated[str | None, typer.Argument(metavar="[STUDY]")] = None,
+    study: Annotated[
+        str | None, typer.Argument(metavar="STUDY", help="One study's name; all of them without.")
+    ] = None,
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
@@ -45,7 +44,7 @@ def status(
     if json:
         print_json(rows[0] if study else rows)
     elif rows:
-        _print(["study", "phase", "trials", "failed", "best", "controller"], [
+        print_table(["study", "phase", "trials", "failed", "best", "controller"], [
             [r["study"], r["phase"], f"{r['trials']['finished']}/{r['trials']['budget']}",
              str(r["trials"]["failed"]), _number(r["best"]), r["controller"] or "none running"]
             for r in rows
@@ -63,7 +62,7 @@ def trials(study: StudyName, store: Store = DEFAULT_STORE, json: AsJson = False)
     if json:
         print_json(rows)
         return
-    _print(["number", "kind", "label", "state", "search mean", "attempts", "seconds"], [
+    print_table(["number", "kind", "label", "state", "search mean", "attempts", "seconds"], [
         [str(r["number"]), r["kind"], r["label"], r["state"],
          _number((r["scores"].get("search") or {}).get("mean")), str(r["attempts"]),
          f"{r['seconds']:.2f}"]
@@ -95,8 +94,10 @@ def best(
         return
     rank = "winner" if found.finished else "best so far, on the search items alone"
     typer.echo(f"trial {candidate.trial.number} ({rank})\nrecipe {candidate.trial.recipe_digest}")
-    for part, score in candidate.trial.scores.items():
-        values = ", ".join(f"{name} {task.value:.4f}" for name, task in score.tasks.items())
+    scores = candidate.trial.scores
+    for part in sorted(scores, key=PARTS.index):
+        tasks = scores[part].tasks.items()
+        values = ", ".join(f"{name} {task.value:.4f}" for name, task in tasks)
         typer.echo(f"{part}: {values}")
     print_json(candidate.trial.recipe)
 
@@ -132,7 +133,10 @@ def report(
 
 
 def trial_json(trial: Trial, weights: dict[str, float]) -> dict[str, Any]:
-    """One trial as plain JSON; `attempts` counts those at the search items, `executions` lists all."""
+    """One trial as plain JSON.
+
+    `attempts` counts those at the search items, `executions` lists those at every part.
+    """
     searched = [attempt for attempt in trial.attempts if attempt.part == "search"]
     return {
         "number": trial.number,
@@ -211,13 +215,3 @@ def _export(trial: Trial, directory: Path) -> None:
     from evomerge.merging.recipe import Recipe
 
     export_recipe(Recipe.from_json(trial.recipe), directory)
-
-
-def _print(header: list[str], rows: list[list[str]]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in header:
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=sys.stdout)
-    console.print(table, soft_wrap=not console.is_terminal)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json
-from evomerge.cli.running import run_study
-from evomerge.service.report import Report
-from evomerge.service.report_table import final_table, sentences
 from evomerge.spec import StudySpec
 from evomerge.store import open_store
+
+if TYPE_CHECKING:
+    from evomerge.service.report import Report
 
 ExecutorName = Annotated[
     str, typer.Option("--executor", metavar="NAME", help="Where attempts run: local or ray.")
@@ -38,18 +38,22 @@ def run(
     json: AsJson = False,
 ) -> None:
     """Create a study, or go on with it, and run it to its end."""
-    report = run_study(with_workers(StudySpec.load(spec), workers), store, executor)
+    from evomerge.cli.running import load_spec, run_study
+
+    report = run_study(with_workers(load_spec(spec, executor), workers), store, executor)
     show_report(report, store, json=json)
 
 
 def resume(
-    study: Annotated[str, typer.Argument(help="The study's name.")],
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="The study's name.")],
     store: Store = DEFAULT_STORE,
     executor: ExecutorName = "local",
     workers: WorkerCount = None,
     json: AsJson = False,
 ) -> None:
     """Go on with a study where it was, from the spec that the store keeps."""
+    from evomerge.cli.running import run_study
+
     record = open_store(store, create=False).study(study)
     spec = StudySpec.model_validate(record.spec)
     show_report(run_study(with_workers(spec, workers), store, executor), store, json=json)
@@ -64,6 +68,8 @@ def with_workers(spec: StudySpec, count: int | None) -> StudySpec:
 
 def show_report(report: Report, store: str, *, json: bool) -> None:
     """The final table on standard output and what to do next on standard error."""
+    from evomerge.service.report_table import final_table, sentences
+
     if json:
         print_json(report.to_json())
         return

@@ -7,12 +7,13 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import FrameType
 
 import typer
 
 from evomerge.cli.options import DEFAULT_STORE
-from evomerge.errors import UserError
+from evomerge.errors import SpecError, UserError
 from evomerge.service.controller import Controller, Mirror
 from evomerge.service.executor import Executor
 from evomerge.service.progress import View, make_view
@@ -47,6 +48,28 @@ def run_study(spec: StudySpec, url: str, executor_name: str) -> Report:
         view.note(f"stopped; nothing is lost. To go on: {resume_command(spec.name, url)}")
         raise typer.Exit(130)
     return build_report(record, store.trials(spec.name))
+
+
+def load_spec(path: Path, executor_name: str) -> StudySpec:
+    """Read a spec. Raises SpecError with every problem: those of a faulty spec's checkpoints and
+    tasks too, as far as it can be read, so that nobody has to mend it twice.
+    """
+    spec, problems = StudySpec.examine(path)
+    if spec is None or problems:
+        if spec is not None:
+            problems += _inspected(spec, executor_name)
+        raise SpecError(str(path), problems)
+    return spec
+
+
+def _inspected(spec: StudySpec, executor_name: str) -> list[str]:
+    make_view(sys.stderr).note(f"study {spec.name}: checking models and tasks")
+    try:
+        with _executor(executor_name, spec.workers) as executor:
+            executor.inspect(spec.model_dump(mode="json"))
+    except SpecError as error:
+        return error.problems
+    return []
 
 
 def resume_command(study: str, url: str) -> str:

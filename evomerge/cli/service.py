@@ -20,12 +20,13 @@ def register(app: typer.Typer) -> None:
 def dashboard(
     store: Store = DEFAULT_STORE,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8080,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8080,
 ) -> None:
     """Show every trial in optuna-dashboard, read-only, until Ctrl-C."""
     from evomerge.service.dashboard import serve_dashboard
 
-    typer.echo(f"http://{host}:{port}/dashboard/ (Ctrl-C ends it)", err=True)
     serve_dashboard(store, host, port)
 
 

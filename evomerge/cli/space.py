@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from evomerge.cli.options import AsJson, print_json
+from evomerge.cli.options import AsJson, print_json, print_table
 from evomerge.errors import SpecError
 
 Reference = Annotated[
@@ -38,23 +35,20 @@ def show_space(space: Reference, sources: Sources = None, json: AsJson = False) 
         print_json({"space": loaded.to_json(), "genes": rows})
         return
     typer.echo(f"{space}: {loaded.about}\nmethod {loaded.method}, {len(rows)} genes")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     columns = ("index", "name", "low", "high", "init", "scale", "does")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("name", "scale", "does") else "right")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console(file=sys.stdout).print(table)
+    print_table(columns, [[str(row[column]) for column in columns] for row in rows])
 
 
 @app.command("check")
-def check_space(space: Reference, sources: Sources = None) -> None:
+def check_space(space: Reference, sources: Sources = None, json: AsJson = False) -> None:
     """Every problem of a space, against its merge method; exit code 2 if there is one."""
     from evomerge.space import check_space as check
     from evomerge.space import load_space
 
     names = sources.split(",") if sources else ["source_1", "source_2"]
-    problems = check(load_space(space), names)
+    problems = [line.removeprefix("space: ") for line in check(load_space(space), names)]
+    if json:
+        print_json({"space": space, "problems": problems})
     if problems:
         raise SpecError(space, problems)
     typer.echo(f"{space}: no problems", err=True)

@@ -22,7 +22,7 @@ def register(root: typer.Typer) -> None:
 
 @app.command("build")
 def build(
-    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the zoo goes.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, another zoo.")] = 0,
 ) -> None:
     """Train a base and four experts, and write their lm-eval tasks; a second call reuses them."""

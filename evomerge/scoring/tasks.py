@@ -98,7 +98,7 @@ def load_tasks(objective: Objective) -> LoadedTasks:
             except _Problems as error:
                 problems += [f"task {wanted.task!r}: {line}" for line in error.lines]
     if problems:
-        raise TaskError(_listed(problems))
+        raise TaskError(*problems)
     return LoadedTasks(tuple(tasks), objective.split)
 
 
@@ -122,12 +122,6 @@ class _Problems(Exception):
     def __init__(self, lines: list[str]) -> None:
         super().__init__(lines)
         self.lines = lines
-
-
-def _listed(problems: list[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} problems with the tasks\n" + "\n".join(f"  - {p}" for p in problems)
 
 
 def _quiet_logs() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compare import compare
-from evomerge.errors import SpecError, UserError
+from evomerge.errors import SpecError, TaskError, UserError
 from evomerge.merging.layout import layer_of
 from evomerge.scoring.fingerprint import fingerprint_digest, scorer_fingerprint
 from evomerge.scoring.tasks import LoadedTasks, load_tasks
@@ -54,7 +54,7 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
 def _space(spec: StudySpec, problems: list[str]) -> Space | None:
     try:
         space = load_space(spec.space)
-        problems += [f"space: {line}" for line in check_space(space, list(spec.sources))]
+        problems += check_space(space, list(spec.sources))
     except SpecError as error:
         problems += [f"{error.subject}: {line}" for line in error.problems]
         return None
@@ -78,8 +78,8 @@ def _models(spec: StudySpec, problems: list[str]) -> dict[str, Checkpoint]:
 def _tasks(spec: StudySpec, problems: list[str]) -> LoadedTasks | None:
     try:
         return load_tasks(spec.objective)
-    except UserError as error:
-        problems.append(str(error))
+    except TaskError as error:
+        problems += error.args
         return None
 
 

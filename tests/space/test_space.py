@@ -153,7 +153,7 @@ def test_every_fault_of_a_document_is_reported_at_once():
         "missing key 'method'",
         "source.weight.0: low must be below high, got low 3 and high 2",
         "source.weight.1.types: unknown type 'mpl'; did you mean 'mlp'?",
-        "source.weight.2.high: Input should be a valid number, got '1'",
+        "source.weight.2.high: expected a number, got '1'",
         "unknown key 'source.weight.2.lo'; did you mean 'low'?",
         "source.density.0: scale log needs low > 0, got low 0",
         "source.other.0: init 5 lies outside [0, 2]",
