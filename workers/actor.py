@@ -22,9 +22,9 @@ class WorkerActor:
         """What the worker finds, or why it refuses; see `evomerge.service.wire`."""
         return answer_inspection(self._worker.inspect, spec)
 
-    def prepare(self, spec: Mapping[str, Any], dtype: str) -> None:
-        """Say what will be scored."""
-        self._worker.prepare(spec, dtype)
+    def prepare(self, setup: Mapping[str, Any]) -> None:
+        """Say what will be scored: the JSON of a Setup."""
+        self._worker.prepare(**setup)
 
     def run(self, token: str, recipe: Mapping[str, Any], part: str) -> dict[str, Any]:
         """Materialise and score: the JSON of an Event."""

@@ -63,7 +63,7 @@ class RayExecutor:
         """See Executor.prepare."""
         self._setup = setup
         for slot in self._slots:
-            slot.actor.prepare.remote(dict(setup.spec), setup.dtype)
+            slot.actor.prepare.remote(setup.to_json())
 
     def free(self) -> int:
         """See Executor.free."""
@@ -118,7 +118,7 @@ class RayExecutor:
         slot = _Slot(actor.remote())
         self._slots.append(slot)
         if self._setup is not None:
-            slot.actor.prepare.remote(dict(self._setup.spec), self._setup.dtype)
+            slot.actor.prepare.remote(self._setup.to_json())
         return slot
 
     def _collect(self, result: Any) -> Event:

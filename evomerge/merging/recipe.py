@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,17 @@ class Recipe:
 
     def with_digests(self, digests: Mapping[str, str]) -> Recipe:
         """The same recipe with the contents' digests of its models, by path."""
+        return self._with_models(lambda m: replace(m, digest=digests.get(m.path, m.digest)))
 
-        def known(model: ModelRef) -> ModelRef:
-            return replace(model, digest=digests.get(model.path, model.digest))
+    def located(self, places: Mapping[str, str]) -> Recipe:
+        """The same recipe with its models where `places` (path by digest) says they now lie."""
+        return self._with_models(lambda m: replace(m, path=places.get(m.digest or "", m.path)))
 
+    def _with_models(self, change: Callable[[ModelRef], ModelRef]) -> Recipe:
         return replace(
             self,
-            base=known(self.base) if self.base else None,
-            sources=tuple(replace(s, model=known(s.model)) for s in self.sources),
+            base=change(self.base) if self.base else None,
+            sources=tuple(replace(s, model=change(s.model)) for s in self.sources),
         )
 
 

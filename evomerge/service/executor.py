@@ -15,10 +15,17 @@ from evomerge.trial import Failure, Part
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs before its first job: the spec, its space left out, as JSON."""
+    """What a worker needs before its first job, as JSON.
+
+    `digests` are the contents of the spec's checkpoints by path, `dtype` what it scores in.
+    """
 
     spec: Mapping[str, Any]
+    digests: Mapping[str, str]
     dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"spec": dict(self.spec), "digests": dict(self.digests), "dtype": self.dtype}
 
 
 @dataclass(frozen=True)

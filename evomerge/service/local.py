@@ -65,7 +65,7 @@ class LocalExecutor:
         """See Executor.prepare."""
         self._setup = setup
         for process in self._processes:
-            _send(process, {"prepare": {"spec": dict(setup.spec), "dtype": setup.dtype}})
+            _send(process, {"prepare": setup.to_json()})
 
     def free(self) -> int:
         """See Executor.free."""
@@ -120,9 +120,7 @@ class LocalExecutor:
         os.set_blocking(popen.stdout.fileno(), False)
         self._selector.register(popen.stdout, selectors.EVENT_READ, process)
         if self._setup is not None:
-            _send(
-                process, {"prepare": {"spec": dict(self._setup.spec), "dtype": self._setup.dtype}}
-            )
+            _send(process, {"prepare": self._setup.to_json()})
         return process
 
     def _environment(self) -> dict[str, str]:

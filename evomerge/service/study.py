@@ -12,7 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def open_study(
             f"study {spec.name!r} exists with another spec; give this one another name, or undo:"
             f"\n{lines}"
         )
-    return StudyRecord(spec.name, document, known.inspection, known.scorer_digest, known.created_at)
+    return replace(record, created_at=known.created_at)
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def controlling(record: StudyRecord, store: StudyStore, clock: Clock = utc_now) 
     me = Holder(uuid.uuid4().hex, socket.gethostname(), pid, _process_start(pid) or 0.0, until)
     holder = store.controller(record.name)
     store.acquire(record.name, me, now=now, force=holder is not None and _is_dead(holder))
-    store.update_spec(record.name, record.spec, controller=me.token)
+    store.update_study(record.name, record.spec, record.inspection, controller=me.token)
     try:
         yield me.token
     finally:
@@ -119,7 +119,7 @@ def build_controller(
     if not len(ledger):
         ledger.create(baselines(models.base, models.sources, models.dtype))
     genes = space.genes(list(models.sources))
-    executor.prepare(Setup(record.spec, models.dtype))
+    executor.prepare(Setup(record.spec, record.inspection["digests"], models.dtype))
     work_before, started_s = work_done(spec, ledger.trials), time.monotonic()
 
     def show(ledger: Ledger, running: int) -> None:

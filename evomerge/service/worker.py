@@ -6,12 +6,14 @@ actor. Knows nothing of stores, samplers and retries. torch is imported when it 
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from evomerge.errors import NonFiniteModel
 from evomerge.merging.recipe import Recipe
 from evomerge.service.wire import failure_of
 from evomerge.spec import StudySpec
@@ -27,6 +29,7 @@ class Worker:
     def __init__(self, name: str | None = None) -> None:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self._spec: StudySpec | None = None
+        self._places: dict[str, str] = {}
         self._dtype = ""
         self._resident: tuple[Materialiser, ResidentScorer] | None = None
 
@@ -38,10 +41,11 @@ class Worker:
         checked = StudySpec.model_validate(spec)
         return inspect(checked, device_of(checked.evaluation.device))
 
-    def prepare(self, spec: Mapping[str, Any], dtype: str) -> None:
-        """Say what will be scored; the heavy part is put off to the first job."""
+    def prepare(self, spec: Mapping[str, Any], digests: Mapping[str, str], dtype: str) -> None:
+        """Say what will be scored (see Setup); the heavy part is put off to the first job."""
         limit_threads(spec)
         self._spec = StudySpec.model_validate(spec)
+        self._places = {digest: path for path, digest in digests.items()}
         self._dtype = dtype
         self._resident = None
 
@@ -58,12 +62,15 @@ class Worker:
         started = time.perf_counter()
         materialiser, scorer = self._loaded()
         loaded = time.perf_counter()
-        materialiser.write(recipe)
+        materialiser.write(recipe.located(self._places))
         written = time.perf_counter()
         score = scorer.score(part)
         seconds["load"] = loaded - started
         seconds["materialise"] = written - loaded
         seconds["score"] = time.perf_counter() - written
+        for name, task in score.tasks.items():
+            if not math.isfinite(task.value):
+                raise NonFiniteModel(f"task {name}: {task.metric} is {task.value}")
         return score.to_json()
 
     def _loaded(self) -> tuple[Materialiser, ResidentScorer]:

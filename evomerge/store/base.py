@@ -65,8 +65,17 @@ class StudyStore(Protocol):
     def studies(self) -> Sequence[StudyRecord]:
         """Every study, oldest first."""
 
-    def update_spec(self, study: str, spec: Mapping[str, Any], *, controller: str) -> None:
-        """Replace the recorded spec (the caller has checked that only budget or workers differ)."""
+    def update_study(
+        self,
+        study: str,
+        spec: Mapping[str, Any],
+        inspection: Mapping[str, Any],
+        *,
+        controller: str,
+    ) -> None:
+        """Replace spec and inspection. The caller has checked that it is still the same study:
+        budget, workers and the places of its files may differ, contents may not.
+        """
 
     def acquire(
         self, study: str, controller: Controller, *, now: datetime, force: bool = False

@@ -54,9 +54,16 @@ class MemoryStore:
             records = [study.record for study in self._studies.values()]
         return sorted(records, key=lambda record: record.created_at)
 
-    def update_spec(self, study: str, spec: Mapping[str, Any], *, controller: str) -> None:
+    def update_study(
+        self,
+        study: str,
+        spec: Mapping[str, Any],
+        inspection: Mapping[str, Any],
+        *,
+        controller: str,
+    ) -> None:
         with self._writing(study, controller) as kept:
-            kept.record = replace(kept.record, spec=_plain(spec))
+            kept.record = replace(kept.record, spec=_plain(spec), inspection=_plain(inspection))
 
     def acquire(
         self, study: str, controller: Controller, *, now: datetime, force: bool = False

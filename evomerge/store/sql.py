@@ -82,9 +82,16 @@ class SqlStore:
         with transaction(self.engine, write=False) as connection:
             return [study_from(row) for row in connection.execute(query)]
 
-    def update_spec(self, study: str, spec: Mapping[str, Any], *, controller: str) -> None:
+    def update_study(
+        self,
+        study: str,
+        spec: Mapping[str, Any],
+        inspection: Mapping[str, Any],
+        *,
+        controller: str,
+    ) -> None:
         with self._writing(study, controller) as (connection, study_id):
-            _update_study(connection, study_id, {"spec": spec})
+            _update_study(connection, study_id, {"spec": spec, "inspection": inspection})
 
     def acquire(
         self, study: str, controller: Controller, *, now: datetime, force: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 WRITES = frozenset(
     {
         "create_study",
-        "update_spec",
+        "update_study",
         "acquire",
         "renew",
         "release",

@@ -37,7 +37,7 @@ from evomerge.trial import Attempt, Score, State, TaskScore, Trial
 
 
 class TestsOfStudies:
-    """create_study, study, studies, update_spec."""
+    """create_study, study, studies, update_study."""
 
     def test_a_study_comes_back_as_it_was_created(self, store: StudyStore) -> None:
         store.create_study(record())
@@ -63,9 +63,10 @@ class TestsOfStudies:
         assert store.controller("s") is None
         assert list(store.trials("s")) == []
 
-    def test_the_spec_is_replaced(self, study: StudyUnderTest) -> None:
-        study.store.update_spec("s", {"budget": {"trials": 9}}, controller="c1")
-        assert study.store.study("s") == replace(record(), spec={"budget": {"trials": 9}})
+    def test_spec_and_inspection_are_replaced(self, study: StudyUnderTest) -> None:
+        spec, inspection = {"budget": {"trials": 9}}, {"digests": {"m": "d"}}
+        study.store.update_study("s", spec, inspection, controller="c1")
+        assert study.store.study("s") == replace(record(), spec=spec, inspection=inspection)
 
     def test_times_in_another_zone_are_the_same_instants_in_utc(self, store: StudyStore) -> None:
         cest = timezone(timedelta(hours=2))

@@ -15,7 +15,7 @@ from evomerge.testing.store_builders import LEASE, NOW, StudyUnderTest, holder, 
 from evomerge.trial import State
 
 WRITES: dict[str, Callable[[StudyUnderTest, str], object]] = {
-    "update_spec": lambda s, c: s.store.update_spec(s.name, {}, controller=c),
+    "update_study": lambda s, c: s.store.update_study(s.name, {}, {}, controller=c),
     "renew": lambda s, c: s.store.renew(s.name, c, lease_until=NOW),
     "release": lambda s, c: s.store.release(s.name, c),
     "create_trials": lambda s, c: s.store.create_trials(s.name, [new_trial(7)], controller=c),

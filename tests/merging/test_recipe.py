@@ -83,6 +83,14 @@ def test_digests_are_filled_in_by_path() -> None:
     assert known.sources[1] == RECIPE.sources[1]
 
 
+def test_a_recipe_follows_its_models_by_content_when_they_move() -> None:
+    known = RECIPE.with_digests({"/models/sort": "5" * 64})
+    moved = known.located({"5" * 64: "/elsewhere/sort", "6" * 64: "/elsewhere/other"})
+    assert moved.sources[0].model.path == "/elsewhere/sort"
+    assert moved.sources[1] == RECIPE.sources[1]
+    assert moved.digest == known.digest
+
+
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path

@@ -114,7 +114,7 @@ def test_of_processes_that_start_one_trial_at_once_one_succeeds(url: str, store:
 def script(study: StudyUnderTest) -> None:
     """A study's life after its creation, with every kind of write."""
     store = study.store
-    store.update_spec("s", {"budget": 9}, controller="c1")
+    store.update_study("s", {"budget": 9}, {}, controller="c1")
     store.renew("s", "c1", lease_until=NOW + 2 * LEASE)
     study.start(0, token="t0")
     study.finish("t0", score(0.25, (1.0, 0.0, 0.5)))
