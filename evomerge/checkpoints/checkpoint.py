@@ -49,6 +49,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self._files = files
+        self._views: dict[str, Tensor] = {}
 
     @classmethod
     def open(cls, path: str) -> Checkpoint:
@@ -89,14 +90,12 @@ class Checkpoint:
 
         Raises MissingTensor.
         """
-        file = self._files.get(name)
-        if file is None:
-            canonical = self.tied_names.get(name)
-            if canonical is None:
+        if name not in self._views:
+            stored = name if name in self._files else self.tied_names.get(name)
+            if stored is None:
                 raise MissingTensor(f"{name}: not in checkpoint {self.path}")
-            name, file = canonical, self._files[canonical]
-        view: Tensor = file.get_tensor(name)
-        return view
+            self._views[name] = self._files[stored].get_tensor(stored)
+        return self._views[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""

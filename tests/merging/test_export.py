@@ -352,6 +352,11 @@ def test_written_files_are_what_the_library_reads(tmp_path: Path) -> None:
     assert set(stored) == set(tensors)
     assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
     assert all(stored[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    contents = (tmp_path / "x.safetensors").read_bytes()
+    data = 8 + int.from_bytes(contents[:8], "little")
+    for name, entry in json.loads(contents[8:data]).items():
+        if name in tensors:  # aligned, so that a mapped tensor can be read where it lies
+            assert (data + entry["data_offsets"][0]) % tensors[name].itemsize == 0
 
 
 def _assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_llama
@@ -21,6 +22,8 @@ from evomerge.errors import (
 )
 from evomerge.merging.materialise import Materialiser, bind, load_model
 from evomerge.merging.merge import Merge
+from evomerge.merging.methods import registry
+from evomerge.merging.methods.base import Block, Coefficients, MergeMethod, Parameter
 from evomerge.merging.methods.registry import METHODS
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 
@@ -216,15 +219,55 @@ def test_only_tensors_whose_parameters_changed_are_written(models: dict[str, Che
     assert not (up == 7).any()
 
 
+class _Surveying(MergeMethod):
+    """Adds to the first source the sum of all weights of the model: every tensor needs them all."""
+
+    name = "surveying"
+    summary = formula = ""
+    parameters = (Parameter("weight", "source", "float", 1.0, ""),)
+    needs_base = False
+
+    def survey(self, model: Any) -> float:
+        self.seen = [known.tensor for known, _ in model()]
+        return sum(known.source["weight"][0] for known, _ in model())
+
+    def prepare(self, blocks: Any, coefficients: Coefficients, survey: Any) -> Any:
+        return survey
+
+    def merge(self, block: Block, coefficients: Coefficients, prepared: Any) -> Tensor:
+        assert block.base is None
+        return block.sources[0] + prepared
+
+
+def test_a_method_that_surveys_the_model_writes_every_tensor_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = _Surveying()
+    monkeypatch.setattr(registry, "METHODS", {**METHODS, method.name: method})
+    models = _models(tmp_path, 2, dtype=FP32, extra={"steps": torch.tensor(3)})
+    live = _live(dtype=FP32, extra={"steps": torch.tensor(0)})
+    materialiser = Materialiser(live, models)
+    _, source = models.values()
+    for mlp in (1.0, 2.0):
+        rules = [{"type": "mlp", "value": mlp}, {"value": 0.0}]
+        recipe = _recipe(models, method.name, [0.0])
+        own = replace(recipe.sources[0], parameters={"weight": rules})
+        materialiser.write(replace(recipe, sources=(own,)))
+        assert method.seen == [name for name in source.names if name != "model.steps"]
+        expected = source.tensor("model.norm.weight") + 6 * mlp  # three mlp tensors in two layers
+        assert torch.equal(live.model.norm.weight, expected)
+
+
 def test_an_overflow_names_the_tensor_and_the_next_write_makes_the_model_whole(
     models: dict[str, Checkpoint],
 ) -> None:
     live, fresh = _live(), _live()
-    materialiser = Materialiser(live, models)
+    materialiser = Materialiser(live, models, block_size=1)
     good = _recipe(models, "task_arithmetic", WEIGHTS, dtype="float16")
     materialiser.write(good)
-    rules = [{"filter": "layers.1", "value": 1e9}, {"value": 0.1}]
-    with pytest.raises(NonFiniteModel, match=r"^model\.layers\.1\.\S+: .* is beyond torch.float16"):
+    name = "model.layers.1.mlp.down_proj.weight"
+    rules = [{"filter": name, "value": 1e6}, {"value": 1.0}]  # few of its weights overflow
+    with pytest.raises(NonFiniteModel, match=rf"^{name}: .* is beyond torch.float16's largest"):
         materialiser.write(replace(good, parameters={"lambda": rules}))
     materialiser.write(good)
     Materialiser(fresh, models).write(good)
