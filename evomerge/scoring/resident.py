@@ -17,8 +17,8 @@ from evomerge.scoring.tasks import LoadedTask, LoadedTasks, load_tasks, seed_eve
 from evomerge.spec import Evaluation, Objective
 from evomerge.trial import Part, Score, TaskScore
 
-_AUTO_BATCH = 64
-_AUTO_TOKENS = 16_384  # prompt tokens in one batch that `batch_size: auto` allows
+_AUTO_BATCH = 128  # beyond, a two-core machine gains nothing
+_AUTO_TOKENS = 8_192  # in one batch, the room for answers included
 
 
 class ResidentScorer:
@@ -76,7 +76,7 @@ class ResidentScorer:
 
 
 def auto_batch_size(longest_tokens: int) -> int:
-    """The largest power of two up to 64 whose batches hold at most 16,384 prompt tokens."""
+    """The largest power of two up to 128 whose batches hold at most 8,192 tokens."""
     fits = max(1, _AUTO_TOKENS // max(1, longest_tokens))
     return min(_AUTO_BATCH, 1 << (fits.bit_length() - 1))
 

@@ -221,8 +221,8 @@ def test_running_out_of_memory_is_no_fault_of_the_candidate(
 
 
 def test_automatic_batch_size_depends_on_the_items_only() -> None:
-    assert auto_batch_size(20) == 64
-    assert auto_batch_size(1000) == 16
+    assert auto_batch_size(20) == 128
+    assert auto_batch_size(1000) == 8
     assert auto_batch_size(100_000) == 1
 
 
