@@ -42,7 +42,8 @@ def main() -> int:
         cold_seconds, cold = cold_run(arguments, merged, Path(scratch) / "out")
         warm = step(arguments, "warm", merged)
         resident = step(arguments, "resident", merged)
-    assert resident["outcomes"] == cold == warm["outcomes"], "outcomes differ"
+    if not resident["outcomes"] == cold == warm["outcomes"]:
+        sys.exit("outcomes differ")
     return report(cold_seconds, warm["seconds"], resident)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from evomerge.errors import OutOfMemory
+from evomerge.errors import OutOfMemory, TaskError
 from evomerge.scoring.generation import GenerationPlan, Prompt, Stopping, can_decode
 from evomerge.scoring.loglikelihood import LoglikelihoodPlan, Window, check_finite
 from evomerge.scoring.tasks import seed_everything, silence
@@ -51,10 +51,16 @@ class Engine:
     def windows(self, instance: Any) -> list[Window]:
         """The windows of a log-likelihood request; a rolling one may have several."""
         if instance.args not in self._windows:
-            if instance.request_type == "loglikelihood":
-                self._windows[instance.args] = [self._pair(*instance.args)]
-            else:
-                self._windows[instance.args] = self._rolling(*instance.args)
+            rolling = instance.request_type == "loglikelihood_rolling"
+            windows = self._rolling(*instance.args) if rolling else [self._pair(*instance.args)]
+            for window in windows:
+                if not 0 < len(window.continuation) <= self.lm.max_length:
+                    raise TaskError(
+                        f"task {instance.task_name!r}: an answer to score has "
+                        f"{len(window.continuation)} tokens, expected 1 to {self.lm.max_length}, "
+                        f"the model's length: {instance.args[-1][:80]!r}"
+                    )
+            self._windows[instance.args] = windows
         return self._windows[instance.args]
 
     def prompt(self, text: str, max_tokens: int) -> Prompt:
@@ -63,6 +69,8 @@ class Engine:
         if key not in self._prompts:
             room = self.lm.max_length - max_tokens
             ids, _ = self.lm.tok_batch_encode([text], left_truncate_len=room)
+            if not ids.numel():
+                raise TaskError(f"a prompt to generate from has no tokens: {text!r}")
             self._prompts[key] = Prompt(tuple(ids[0].tolist()), text)
         return self._prompts[key]
 
@@ -78,14 +86,19 @@ class Engine:
         strings = handle_stop_sequences(options.pop("until", None), eos=end)
         max_tokens = int(options.pop("max_gen_toks"))
         greedy = not options.pop("do_sample", False) and not options.pop("temperature", 0.0)
-        if options or not greedy or not 0 < max_tokens < lm.max_length:
+        if max_tokens >= lm.max_length:
+            raise TaskError(
+                f"task {instance.task_name!r}: `max_gen_toks: {max_tokens}` leaves no room for a "
+                f"prompt in the model's {lm.max_length} tokens; set a smaller one"
+            )
+        if options or not greedy or max_tokens < 1:
             return None
         return Stopping(tuple(strings), max_tokens)
 
     def _length(self, instance: Any) -> int:
         if instance.request_type == "generate_until":
             stopping = self.stopping(instance)
-            room = stopping.max_tokens if stopping else self.lm.max_gen_toks
+            room = stopping.max_tokens if stopping else 1
             return len(self.prompt(instance.args[0], room).tokens) + room
         return max(len(w.context) + len(w.continuation) for w in self.windows(instance))
 
@@ -95,7 +108,7 @@ class Engine:
             before, after = self.lm._encode_pair(context, continuation)
             return Window(tuple(before), tuple(after))
         after = self.lm.tok_encode(continuation, add_special_tokens=False)
-        if after[0] == self.lm.prefix_token_id:
+        if after and after[0] == self.lm.prefix_token_id:
             return Window(tuple(after[:1]), tuple(after[1:]))
         return Window((self.lm.prefix_token_id,), tuple(after))
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from small_exam import BATCH_SIZE, ITEMS, Exam, random_llama
 
-from evomerge.errors import NonFiniteModel, OutOfMemory
+from evomerge.errors import NonFiniteModel, OutOfMemory, TaskError
 from evomerge.scoring.resident import ResidentScorer, auto_batch_size
 from evomerge.scoring.tasks import LoadedTasks, load_tasks, silence
 from evomerge.spec import PARTS, Evaluation, Objective
@@ -218,6 +219,42 @@ def test_running_out_of_memory_is_no_fault_of_the_candidate(
     resident._engine.model.register_forward_pre_hook(explode)
     with pytest.raises(OutOfMemory, match="batch_size"):
         resident.score("search")
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "told"),
+    [
+        ("continue", {"doc_to_target": ""}, "an answer to score has 0 tokens"),
+        ("continue", {"doc_to_target": "a" * 65}, "65 tokens, expected 1 to 64"),
+        ("generate", {"doc_to_text": ""}, "no tokens"),
+        ("generate", {"generation_kwargs": {"max_gen_toks": 64}}, "leaves no room for a prompt"),
+    ],
+)
+def test_requests_that_no_model_could_answer_are_named(
+    exam: Exam, tmp_path: Path, task: str, changed: dict[str, Any], told: str
+) -> None:
+    config = yaml.safe_load((exam.tasks / f"{task}.yaml").read_text()) | changed
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    mine = Objective(tasks=[task], include_path=str(tmp_path))
+    with pytest.raises(TaskError, match=told):
+        scorer(exam, objective=mine).score("search")
+
+
+def test_long_prompts_are_cut_as_lm_eval_cuts_them(exam: Exam, tmp_path: Path) -> None:
+    names = ["choice", "continue", "generate"]
+    for name in names:
+        config = yaml.safe_load((exam.tasks / f"{name}.yaml").read_text())
+        config["doc_to_text"] = "{{prompt * 4}}"
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    long = Exam(exam.checkpoint, tmp_path)
+    resident = scorer(long, objective=objective(long, names))
+    score = resident.score_all()
+    samples = warm_run(*exam.load(), long, names)
+    assert list(score.tasks["choice"].outcomes) == outcomes_of(samples, "choice", "acc")
+    assert list(score.tasks["continue"].outcomes) == outcomes_of(samples, "continue", "acc")
+    texts = [row["resps"][0][0] for row in samples["generate"] if row["filter"] == "raw"]
+    ours = [item[0].resps[0] for item in resident._tasks.tasks[2].requests]
+    assert ours == texts
 
 
 def test_automatic_batch_size_depends_on_the_items_only() -> None:
