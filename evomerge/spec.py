@@ -298,7 +298,7 @@ def _expected(fault: Any) -> str:
         "float_parsing": "a number",
         "float_type": "a number",
     }
-    message = fault["msg"].removeprefix("Input should be ")
+    message = str(fault["msg"]).removeprefix("Input should be ")
     if message.startswith(("greater", "less")):
         message = f"a number {message}"
     return own.get(fault["type"], message)

@@ -78,9 +78,12 @@ def show_report(report: Report, store: str, *, json: bool) -> None:
     for sentence in sentences(report):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     option = "" if store == DEFAULT_STORE else f" --store {store}"
-    typer.echo(
-        f"\nevomerge best {report.study}{option} --export DIR    take the winner home\n"
-        f"evomerge report {report.study}{option} -o FILE.html   the whole story in one page\n"
-        f"evomerge dashboard{option}                    every trial in optuna-dashboard",
-        err=True,
-    )
+    next_steps = {
+        f"evomerge best {report.study}{option} --export DIR": "take the winner home",
+        f"evomerge report {report.study}{option} -o FILE.html": "the whole story in one page",
+        f"evomerge dashboard{option}": "every trial in optuna-dashboard",
+    }
+    width = max(map(len, next_steps))
+    typer.echo("", err=True)
+    for command, purpose in next_steps.items():
+        typer.echo(f"{command:{width}}   {purpose}", err=True)

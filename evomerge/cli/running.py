@@ -29,8 +29,19 @@ def run_study(spec: StudySpec, url: str, executor_name: str) -> Report:
 
     Raises typer.Exit(130) when it was interrupted, after saying how to go on.
     """
-    store = open_store(url)
     view = make_view(sys.stderr)
+    try:
+        return _run(spec, url, executor_name, view)
+    except KeyboardInterrupt:
+        view.note(
+            "stopped at once; nothing finished is lost, and what was cut off will run again. "
+            "To go on: the same command"
+        )
+        raise typer.Exit(130) from None
+
+
+def _run(spec: StudySpec, url: str, executor_name: str, view: View) -> Report:
+    store = open_store(url)
     with _executor(executor_name, spec.workers) as executor:
         view.note(f"study {spec.name}: checking models and tasks")
         record = open_study(spec, store, executor)
@@ -113,9 +124,6 @@ def _gently(controller: Controller, view: View) -> Iterator[None]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except KeyboardInterrupt:
-        view.note("stopped at once; attempts that were cut off will run again")
-        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

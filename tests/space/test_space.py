@@ -176,7 +176,7 @@ def test_every_fault_of_a_document_is_reported_at_once():
         ([{**SCALE, "per": ["source", "source"]}], "per lists 'source' twice"),
         ([{**SCALE, "scale": "logit"}], "scale logit needs 0 < low"),
         ([{**SCALE, "low": float("nan")}], "finite number"),
-        ([{**SCALE, "low": True}], "valid number"),
+        ([{**SCALE, "low": True}], "a number"),
         ([{**CURVE, "knots": 1}], "greater than or equal to 2"),
         (float("inf"), "finite number"),
     ],
