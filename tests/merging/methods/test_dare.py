@@ -81,6 +81,17 @@ def test_ties_against_the_formula_in_float64() -> None:
     assert torch.allclose(merged(DareTies(), drawn).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("sign_tie", "first"), [("majority", -2.0), ("positive", 2.0), ("zero", 0.0)]
+)
+def test_ties_at_a_zero_sum_of_votes(sign_tie: str, first: float) -> None:
+    sources = {"a": -torch.ones(10), "b": -torch.ones(10)}
+    sources["a"][0], sources["b"][0] = 2.0, -2.0
+    small = Case(torch.zeros(10), sources, {"sign_tie": sign_tie})
+    found = merged(DareTies(), small, block_size=3)
+    assert found.tolist() == [first] + [-2.0] * 9
+
+
 def test_unbiased_with_the_variance_of_the_formula() -> None:
     # E[τ̃] = τ and Var[τ̃] = τ²·p/(1 − p), over seeds
     density, seeds = 0.3, 2000
