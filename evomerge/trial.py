@@ -40,9 +40,8 @@ class State(enum.StrEnum):
 class TaskScore:
     """One task's result on one part of its items.
 
-    `outcomes` [n] are per-item values of the metric in item order (accuracy: 0 or 1); for a metric
-    that is no mean of items they are the items' contributions as lm-eval reports them. `value` is
-    lm-eval's aggregate over exactly these items.
+    `outcomes` [n] are the metric's values on each item alone, in item order (accuracy: 0 or 1);
+    empty where an item alone has none. `value` is lm-eval's aggregate over exactly these items.
     """
 
     metric: str

@@ -1,0 +1,119 @@
+"""What every executor must do, as tests to inherit from.
+
+A subclass gives a module-scoped `executor` fixture (two workers, prepared with `setup`), a `setup`
+fixture and a `lose_a_worker` function that ends the worker of a running job from outside.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from evomerge.errors import SpecError
+from evomerge.merging.recipe import Recipe
+from evomerge.service.baselines import baselines
+from evomerge.service.executor import Event, Executor, Job, Setup
+from evomerge.service.study import Models
+from evomerge.spec import StudySpec
+from evomerge.store.base import StudyRecord
+
+DEADLINE_S = 300.0  # nothing is timed: this ends a test that hangs
+
+
+def collect(executor: Executor, count: int) -> dict[str, Event]:
+    """The next `count` events by token."""
+    events: dict[str, Event] = {}
+    deadline = time.monotonic() + DEADLINE_S
+    while len(events) < count:
+        assert time.monotonic() < deadline, f"{len(events)} of {count} events came"
+        for event in executor.poll(1.0):
+            assert event.token not in events, "one event for each job"
+            events[event.token] = event
+    return events
+
+
+def jobs(record: StudyRecord, count: int) -> list[Job]:
+    """Jobs for the first baselines of a study."""
+    models = Models.of(record)
+    trials = baselines(models.base, models.sources, models.dtype)[:count]
+    return [Job(uuid.uuid4().hex, trial.recipe, "selection") for trial in trials]
+
+
+class ExecutorContract:
+    """See the module."""
+
+    lose_a_worker: Callable[[Executor], None]
+
+    def test_a_bad_spec_is_refused_with_every_problem(
+        self, executor: Executor, setup: Setup
+    ) -> None:
+        spec = StudySpec.model_validate(setup.spec)
+        tasks = [{"task": "compare", "metric": "nonsense"}, {"task": "unheard_of"}]
+        objective = {**spec.objective.model_dump(mode="json"), "tasks": tasks}
+        with pytest.raises(SpecError) as caught:
+            executor.inspect({**setup.spec, "objective": objective})
+        assert "nonsense" in str(caught.value)
+        assert "unheard_of" in str(caught.value)
+
+    def test_jobs_come_back_once_and_equal_recipes_score_equally(
+        self, executor: Executor, record: StudyRecord
+    ) -> None:
+        assert executor.free() == 2
+        first, again = jobs(record, 1)[0], jobs(record, 1)[0]
+        executor.submit(first)
+        executor.submit(again)
+        assert executor.free() == 0
+        events = collect(executor, 2)
+        assert executor.free() == 2
+        assert events[first.token].score == events[again.token].score
+        assert events[first.token].score is not None
+        assert set(events[first.token].seconds) == {"load", "materialise", "score"}
+        assert not executor.poll(0.0)
+
+    def test_a_bad_candidate_is_told_from_a_broken_worker(
+        self, executor: Executor, record: StudyRecord
+    ) -> None:
+        good = jobs(record, 1)[0]
+        huge = _overflowing(good.recipe)
+        executor.submit(Job("huge", huge, "selection"))
+        event = collect(executor, 1)["huge"]
+        assert event.candidate
+        assert event.failure is not None
+        assert event.failure.error == "NonFiniteModel"
+        executor.submit(good)
+        assert collect(executor, 1)[good.token].score is not None, "the worker is sound after it"
+
+    def test_a_cancelled_job_gives_no_event(self, executor: Executor, record: StudyRecord) -> None:
+        one, other = jobs(record, 2)
+        executor.submit(one)
+        executor.submit(other)
+        executor.cancel(one.token)
+        executor.cancel("never heard of")
+        assert set(collect(executor, 1)) == {other.token}
+        assert not executor.poll(0.5)
+        assert executor.free() == 2
+
+    def test_a_lost_worker_is_one_failed_attempt(
+        self, executor: Executor, record: StudyRecord
+    ) -> None:
+        lost = jobs(record, 1)[0]
+        executor.submit(lost)
+        type(self).lose_a_worker(executor)
+        event = collect(executor, 1)[lost.token]
+        assert event.failure is not None
+        assert event.failure.error == "WorkerLost"
+        assert not event.candidate
+        after = jobs(record, 2)
+        for job in after:
+            executor.submit(job)
+        assert all(event.score is not None for event in collect(executor, 2).values())
+
+
+def _overflowing(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Task arithmetic whose every task vector is multiplied by more than float32 holds."""
+    assert Recipe.from_json(recipe).method == "task_arithmetic"
+    return {**recipe, "parameters": {**recipe["parameters"], "weight": 1e38, "lambda": 1e38}}

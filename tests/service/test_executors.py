@@ -1,0 +1,99 @@
+"""The executor contract, on local worker processes and on Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evomerge.service.executor import Executor, Setup
+from evomerge.service.local import LocalExecutor
+from evomerge.spec import StudySpec, Workers
+from evomerge.store.base import StudyRecord
+from evomerge.testing.executor_contract import ExecutorContract
+
+pytestmark = pytest.mark.slow
+TWO = Workers(count=2)
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_zoo: Path) -> StudySpec:
+    return StudySpec.model_validate(
+        {
+            "name": "contract",
+            "base": str(tiny_zoo / "base"),
+            "sources": {name: str(tiny_zoo / name) for name in ("reverse", "sort")},
+            "objective": {"include_path": str(tiny_zoo / "tasks"), "tasks": ["compare", "sort"]},
+            "budget": {"trials": 4},
+        }
+    )
+
+
+def _record(spec: StudySpec, executor: Executor) -> StudyRecord:
+    document = spec.model_dump(mode="json")
+    inspection = dict(executor.inspect(document))
+    document["space"] = inspection["space"]
+    return StudyRecord(spec.name, document, inspection, "digest", datetime.now(UTC))
+
+
+def _setup(record: StudyRecord) -> Setup:
+    return Setup(record.spec, record.inspection["digests"], record.inspection["dtype"])
+
+
+class _Prepared(ExecutorContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def record(cls, spec: StudySpec, executor: Executor) -> StudyRecord:
+        return _record(spec, executor)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def setup(cls, record: StudyRecord, executor: Executor) -> Setup:
+        return _setup(record)
+
+    @pytest.fixture(autouse=True)
+    def _prepare(self, executor: Executor, setup: Setup, request: pytest.FixtureRequest) -> None:
+        if not getattr(request.cls, "prepared", False):
+            executor.prepare(setup)
+            request.cls.prepared = True
+
+
+class TestLocalExecutor(_Prepared):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def executor(cls) -> Iterator[LocalExecutor]:
+        executor = LocalExecutor(TWO)
+        yield executor
+        executor.close(now=True)
+        assert not psutil.Process().children()
+
+    @staticmethod
+    def lose_a_worker(executor: Executor) -> None:
+        assert isinstance(executor, LocalExecutor)
+        busy = next(p for p in executor._processes if p.job is not None)
+        busy.popen.kill()
+
+
+class TestRayExecutor(_Prepared):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def executor(cls) -> Iterator[Executor]:
+        pytest.importorskip("ray")
+        from workers.executor import RayExecutor
+
+        executor = RayExecutor(TWO)
+        yield executor
+        executor.close(now=True)
+
+    @staticmethod
+    def lose_a_worker(executor: Executor) -> None:
+        from workers.executor import RayExecutor
+
+        assert isinstance(executor, RayExecutor)
+        busy = next(slot for slot in executor._slots if slot.token is not None)
+        import ray
+
+        ray.kill(busy.actor)
