@@ -101,22 +101,26 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The uninterrupted demo, its zoo built on the way."""
-    demo = Demo(tmp_path_factory.mktemp("whole") / "demo")
-    demo.folder.mkdir()
+def whole(real_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """The uninterrupted demo."""
+    demo = _with_zoo(real_zoo, tmp_path_factory.mktemp("whole"))
     demo.start()
     assert demo.wait() == 0
-    return demo
+    yield demo
+    demo.end()
 
 
 @pytest.fixture
-def fresh(whole: Demo, tmp_path: Path) -> Iterator[Demo]:
+def fresh(real_zoo: Path, tmp_path: Path) -> Iterator[Demo]:
     """A demo that has its zoo already and has searched nothing."""
-    demo = Demo(tmp_path / "demo")
-    shutil.copytree(whole.folder / "zoo-0", demo.folder / "zoo-0")
+    demo = _with_zoo(real_zoo, tmp_path)
     yield demo
     demo.end()
+
+
+def _with_zoo(zoo: Path, folder: Path) -> Demo:
+    shutil.copytree(zoo, folder / "demo" / "zoo-0")
+    return Demo(folder / "demo")
 
 
 def test_a_killed_controller_goes_on_where_it_was(whole: Demo, fresh: Demo) -> None:
