@@ -215,7 +215,19 @@ def read_yaml(path: Path) -> object:
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line for each fault that pydantic found; an unknown key's names the nearest known one."""
-    return _lines(error.errors(), model)
+    return _lines(_faults(error), model)
+
+
+def _faults(error: ValidationError) -> list[Any]:
+    """What pydantic found, but for lists that are too short only because entries are faulty."""
+    faults: list[Any] = list(error.errors())
+    places = [fault["loc"] for fault in faults]
+    return [
+        fault
+        for fault, place in zip(faults, places, strict=True)
+        if fault["type"] != "too_short"
+        or not any(inner != place and inner[: len(place)] == place for inner in places)
+    ]
 
 
 def _mended(model: type[StudySpec], document: dict[str, Any]) -> tuple[StudySpec | None, list[str]]:
@@ -226,9 +238,10 @@ def _mended(model: type[StudySpec], document: dict[str, Any]) -> tuple[StudySpec
             return model.model_validate(rest), faults
         except ValidationError as error:
             # what was dropped may be missed now: only rules that could not be tried before are news
-            news = [f for f in error.errors() if not faults or f["type"] == "value_error"]
+            found = _faults(error)
+            news = [f for f in found if not faults or f["type"] == "value_error"]
             faults += _lines(news, model)
-            dropped = [_drop(rest, fault["loc"]) for fault in reversed(error.errors())]
+            dropped = [_drop(rest, fault["loc"]) for fault in reversed(found)]
             if not all(dropped):
                 return None, faults
 

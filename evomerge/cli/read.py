@@ -105,7 +105,10 @@ def best(
 def report(
     study: StudyName,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where the page goes.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Where the page goes; STUDY.html by default."
+        ),
     ] = None,
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
@@ -122,7 +125,7 @@ def report(
     if output is None and json:
         return
     path = output or Path(f"{study}.html")
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.absolute().with_name(f".{path.absolute().name}.part")
     try:
         aside.write_text(render(found, record, rows), encoding="utf-8")
         aside.replace(path)

@@ -1,0 +1,230 @@
+"""What every command promises: help for all of it, one JSON document, clean pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from stored import store_study
+
+import evomerge
+from evomerge.cli.main import app
+from evomerge.cli.main import main as command_line
+from evomerge.store.sql import SqlStore
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*path, name))
+
+
+EVERY = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = f"sqlite:///{tmp_path_factory.mktemp('cli') / 'evomerge.db'}"
+    store = SqlStore(url)
+    store_study(store)
+    store_study(store, name="another")
+    store.close()
+    return url
+
+
+@pytest.fixture
+def call(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Any:
+    monkeypatch.setenv("EVOMERGE_STORE", url)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evomerge", *arguments])
+        with pytest.raises(SystemExit) as left:
+            command_line()
+        captured = capsys.readouterr()
+        return int(str(left.value.code)), captured.out, captured.err
+
+    return run
+
+
+def test_the_commands_of_the_design_are_there() -> None:
+    names = {" ".join(path) for path in EVERY}
+    wanted = "demo run resume status trials best report merge methods dashboard"
+    assert {*wanted.split(), "space show", "space check", "zoo build", "db upgrade"} <= names
+
+
+@pytest.mark.parametrize("path", EVERY, ids=" ".join)
+def test_every_command_and_each_of_its_parameters_has_help(
+    path: tuple[str, ...], call: Any
+) -> None:
+    command = EVERY[path]
+    assert command.help
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), parameter.name
+    code, out, err = call(*path, "--help")
+    assert (code, err) == (0, "")
+    assert " ".join(["Usage:", "evomerge", *path]) in out
+
+
+def test_version(call: Any) -> None:
+    assert call("--version") == (0, f"evomerge {evomerge.__version__}\n", "")
+
+
+@pytest.mark.parametrize("path", [(), ("space",), ("zoo",), ("db",)], ids=" ".join)
+def test_a_group_by_itself_shows_its_help_and_no_error(path: tuple[str, ...], call: Any) -> None:
+    code, out, err = call(*path)
+    assert code == 2
+    assert "Commands" in out + err
+    assert "evomerge:" not in err
+
+
+JSON = [
+    ["status"],
+    ["status", "zoo-ties"],
+    ["trials", "zoo-ties"],
+    ["best", "zoo-ties"],
+    ["report", "zoo-ties"],
+    ["methods"],
+    ["methods", "ties"],
+    ["space", "show", "source_depth"],
+    ["space", "check", "source_depth"],
+]
+
+
+@pytest.mark.parametrize("arguments", JSON, ids=" ".join)
+def test_json_is_one_document_and_nothing_else(arguments: list[str], call: Any) -> None:
+    code, out, _ = call(*arguments, "--json")
+    assert code == 0
+    json.loads(out)
+    assert not list(Path.cwd().iterdir())  # no file on the side
+
+
+@pytest.mark.parametrize("arguments", JSON, ids=" ".join)
+def test_text_without_json(arguments: list[str], call: Any) -> None:
+    code, out, err = call(*arguments)
+    assert code == 0
+    assert out or err
+
+
+def test_status_json(call: Any) -> None:
+    rows = json.loads(call("status", "--json")[1])
+    assert [row["study"] for row in rows] == ["zoo-ties", "another"]
+    assert rows[0]["trials"] == {
+        "finished": 6,
+        "budget": 6,
+        "failed": 2,
+        "states": {"COMPLETE": rows[0]["trials"]["states"]["COMPLETE"], "FAIL": 2},
+    }
+    assert rows[0]["controller"] is None
+    assert json.loads(call("status", "another", "--json")[1])["study"] == "another"
+
+
+def test_trials_json(call: Any, url: str) -> None:
+    rows = json.loads(call("trials", "zoo-ties", "--json")[1])
+    wanted = {"number", "state", "genome", "recipe_digest", "scores", "attempts", "seconds"}
+    assert all(wanted <= set(row) for row in rows)
+    assert [row["number"] for row in rows] == list(range(len(rows)))
+    stored = SqlStore(url).trials("zoo-ties")
+    for row, trial in zip(rows, stored, strict=True):
+        assert row["state"] == trial.state
+        assert row["recipe_digest"] == trial.recipe_digest
+        assert row["genome"] == (None if trial.genome is None else list(trial.genome))
+        for part, score in trial.scores.items():
+            values = [task.value for task in score.tasks.values()]
+            assert [row["scores"][part][name] for name in score.tasks] == values
+            assert row["scores"][part]["mean"] == pytest.approx(sum(values) / len(values))
+    failed = [row for row in rows if row["state"] == "FAIL"]
+    assert failed[0]["error"] == "NonFiniteModel: layer 3 computes NaN"
+    assert failed[0]["scores"] == {}
+
+
+def test_report_json(call: Any) -> None:
+    found = json.loads(call("report", "zoo-ties", "--json")[1])
+    tasks = {"add", "reverse", "sort", "mean"}
+    assert found["study"] == "zoo-ties"
+    assert {"complete", "failed"} <= set(found["trials"])
+    assert found["trials"]["failed"] == 2
+    assert len(found["winner"]["recipe_digest"]) == 64
+    assert set(found["winner"]["report"]) == tasks
+    for name in ("base", "best_source", "uniform", "task_arithmetic"):
+        assert set(found["baselines"][name]["report"]) == tasks
+    for comparison in found["comparisons"]:
+        assert {"against", "difference", "interval", "p_value"} <= set(comparison)
+    assert found["comparisons"]
+
+
+def test_best_names_the_trial_that_the_report_calls_the_winner(call: Any) -> None:
+    best = json.loads(call("best", "zoo-ties", "--json")[1])
+    winner = json.loads(call("report", "zoo-ties", "--json")[1])["winner"]
+    assert best["recipe_digest"] == winner["recipe_digest"]
+    assert best["final"] is True
+    text = call("best", "zoo-ties")[1]
+    assert f"trial {best['number']} (winner)" in text
+    assert text.index("search:") < text.index("selection:") < text.index("report:")
+
+
+def test_report_page(call: Any) -> None:
+    code, out, err = call("report", "zoo-ties", "-o", "page.html")
+    assert (code, out, err) == (0, "", "wrote page.html\n")
+    assert Path("page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert os.listdir() == ["page.html"]
+
+
+@pytest.mark.parametrize("output", ["none/page.html", "."])
+def test_a_report_page_that_cannot_be_written(call: Any, output: str) -> None:
+    code, _, err = call("report", "zoo-ties", "-o", output)
+    assert code == 2
+    assert err.startswith(f"evomerge: cannot write {output}: ")
+    assert os.listdir() == []
+
+
+def test_a_table_is_never_cut_in_a_pipe(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    header, first, *_ = call("trials", "zoo-ties")[1].splitlines()
+    words = ["number", "kind", "label", "state", "search", "mean", "attempts", "seconds"]
+    assert header.split() == words
+    assert first.split()[:4] == ["0", "base", "base", "COMPLETE"]
+
+
+def process(arguments: list[str], url: str, **options: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "EVOMERGE_STORE": url, **options.pop("env", {})}
+    command = [sys.executable, "-m", "evomerge.cli.main", *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)
+
+
+def test_a_reader_that_leaves_early_causes_no_noise(url: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with process(["trials", "zoo-ties", "--json"], url, stdout=writer) as running:
+        os.close(writer)
+        assert running.communicate()[1] == b""
+
+
+def test_json_is_whole_where_the_terminal_is_not_utf_8(url: str) -> None:
+    latin = {"PYTHONIOENCODING": "latin-1"}
+    with process(["methods", "ties", "--json"], url, stdout=subprocess.PIPE, env=latin) as it:
+        out, err = it.communicate()
+    assert (it.returncode, err) == (0, b"")
+    assert "θ" in json.loads(out.decode("latin-1"))["formula"]
+
+
+def test_colour_is_off_where_asked(url: str) -> None:
+    ours, theirs = pty.openpty()
+    plain = {"NO_COLOR": "1", "TERM": "xterm-256color"}
+    with process(["status"], url, stdout=theirs, env=plain) as running:
+        os.close(theirs)
+        assert running.communicate()[1] == b""
+    text = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "zoo-ties" in text
+    assert "\x1b[3" not in text
