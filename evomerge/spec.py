@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from evomerge.documents import read_yaml
 from evomerge.errors import SpecError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
@@ -197,20 +197,6 @@ def locate(path: str | None, folder: Path) -> str | None:
         if candidate.exists():
             return os.path.normpath(candidate)
     return path
-
-
-def read_yaml(path: Path) -> object:
-    """Parse a YAML file. Raises SpecError if it cannot be read or does not parse."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(str(path), ["no such file"]) from None
-    except OSError as error:
-        raise SpecError(str(path), [f"cannot be read: {error.strerror}"]) from None
-    except UnicodeDecodeError:
-        raise SpecError(str(path), ["cannot be read: is not UTF-8 text"]) from None
-    except yaml.YAMLError as error:
-        raise SpecError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from None
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from evomerge.documents import read_yaml
 from evomerge.errors import SpecError
 from evomerge.merging.values import Value, normalise
-from evomerge.spec import locate, nearest, read_yaml
+from evomerge.spec import locate, nearest
 
 
 @dataclass(frozen=True)

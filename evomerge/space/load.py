@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from evomerge.documents import read_yaml
 from evomerge.errors import SpecError
 from evomerge.resources import search_spaces_directory
 from evomerge.space.space import Space
-from evomerge.spec import nearest, problems, read_yaml
+from evomerge.spec import nearest, problems
 
 
 def load_space(reference: str | Mapping[str, Any]) -> Space:
