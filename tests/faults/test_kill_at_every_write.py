@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import cast
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "service"))
 from run_synthetic import rows, run_synthetic
 
 from evomerge.store import open_store
