@@ -115,11 +115,10 @@ def _gently(controller: Controller, view: View) -> Iterator[None]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
+        controller.stop(now=asked)
+        if not asked:
+            view.note("stopping once the running attempts are done; press Ctrl-C again to stop now")
         asked = True
-        controller.stop()
-        view.note("stopping once the running attempts are done; press Ctrl-C again to stop now")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

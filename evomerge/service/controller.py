@@ -62,13 +62,17 @@ class Controller:
         self._weights = {task.task: task.weight for task in spec.objective.tasks}
         self._first = sum(t.kind != "search" for t in ledger.trials)
         self._told = 0
-        self._stopping = False
+        self._stopping = self._stopping_now = False
         self._renewed_s = self._watched_s = time_s()
 
-    def stop(self) -> None:
-        """Stop gently: dispatch nothing more, wait for what is running."""
+    def stop(self, *, now: bool = False) -> None:
+        """Stop gently: dispatch nothing more, wait for what is running; with `now`, do not wait.
+
+        Only leaves word, so that a signal handler may call it: it takes effect at the next step,
+        never inside a transaction, and `now` ends `run` there with KeyboardInterrupt.
+        """
         self._stopping = True
-        self._dispatcher.drop_queue()
+        self._stopping_now = self._stopping_now or now
 
     def run(self) -> bool:
         """Search to the end of the budget and score the finalists; False if stopped before.
@@ -143,6 +147,10 @@ class Controller:
             self._told += len(ready)
 
     def _step(self) -> None:
+        if self._stopping_now:
+            raise KeyboardInterrupt
+        if self._stopping:
+            self._dispatcher.drop_queue()
         changed = self._dispatcher.step()
         now_s = self._time_s()
         if now_s - self._renewed_s > CONTROLLER_LEASE_S / 3:
