@@ -115,10 +115,10 @@ def _gently(controller: Controller, view: View) -> Iterator[None]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        controller.stop(now=asked)
-        if not asked:
+        again, asked = asked, True  # before the note: a second signal may come while it is written
+        controller.stop(now=again)
+        if not again:
             view.note("stopping once the running attempts are done; press Ctrl-C again to stop now")
-        asked = True
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
