@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/evomerge demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .
