@@ -13,13 +13,14 @@ from evomerge.cli.run import show_report
 from evomerge.cli.zoo import build_with_bar
 from evomerge.spec import StudySpec
 
+_MOST_WORKERS = 4  # each takes some 600 MB, most of it libraries
 _SPEC = """\
 # Written by `evomerge demo`. `evomerge run {path} --store {store}` does the same.
 name: demo-{seed}
 base: {zoo}/base
 sources:
 {sources}
-space: {space}
+space: source_depth
 objective:
   include_path: {zoo}/tasks
   tasks: [{tasks}]
@@ -36,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("demo"),
-    trials: Annotated[int, typer.Option("--trials", min=1, help="Candidates to search.")] = 160,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Candidates to search.")] = 200,
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Another seed, other experts and another search.")
     ] = 0,
@@ -48,21 +49,18 @@ def demo(
     """
     from evomerge.cli.running import run_study
 
-    directory = directory.resolve()
     zoo = build_with_bar(directory / f"zoo-{seed}", seed)
     path, store = directory / f"study-{seed}.yaml", f"sqlite:///{directory / 'evomerge.db'}"
-    path.write_text(
-        _SPEC.format(
-            path=path,
-            store=store,
-            seed=seed,
-            zoo=zoo.directory.name,
-            sources="\n".join(f"  {name}: {zoo.directory.name}/{name}" for name in zoo.sources),
-            tasks=", ".join(zoo.sources),
-            space="source_depth",
-            trials=trials,
-            workers=min(2, os.cpu_count() or 1),
-        ),
-        encoding="utf-8",
+    folder = zoo.directory.name
+    document = _SPEC.format(
+        path=path,
+        store=store,
+        seed=seed,
+        zoo=folder,
+        sources="\n".join(f"  {name}: {folder}/{name}" for name in zoo.sources),
+        tasks=", ".join(zoo.sources),
+        trials=trials,
+        workers=min(_MOST_WORKERS, os.cpu_count() or 1),
     )
+    path.write_text(document, encoding="utf-8")
     show_report(run_study(StudySpec.load(path), store, "local"), store, json=json)

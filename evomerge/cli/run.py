@@ -68,15 +68,12 @@ def with_workers(spec: StudySpec, count: int | None) -> StudySpec:
 
 def show_report(report: Report, store: str, *, json: bool) -> None:
     """The final table on standard output and what to do next on standard error."""
-    from evomerge.service.report_table import final_table, sentences
+    from evomerge.service.report_table import print_report
 
     if json:
         print_json(report.to_json())
         return
-    console = Console(file=sys.stdout)
-    console.print(final_table(report))
-    for sentence in sentences(report):
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    print_report(report, Console(file=sys.stdout))
     option = "" if store == DEFAULT_STORE else f" --store {store}"
     next_steps = {
         f"evomerge best {report.study}{option} --export DIR": "take the winner home",

@@ -42,11 +42,11 @@ def write_tasks(directory: Path, *, recipe: ZooRecipe, seed: int) -> None:
 
 
 def task_items(recipe: ZooRecipe, seed: int) -> dict[str, list[Item]]:
-    """Return the test items of each target skill, `recipe.task_items` each."""
+    """Return the test items of each target skill, as many as `recipe.task_items` says."""
     skills = make_skills(seed)
     return {
         name: distinct_items(
-            skills[name], Split.TEST, recipe.task_items, Random(f"{seed} {name} test")
+            skills[name], Split.TEST, recipe.task_items[name], Random(f"{seed} {name} test")
         )
         for name in TARGET_SKILLS
     }
