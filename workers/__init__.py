@@ -1,1 +1,1 @@
-"""Ray entry points: the only code that imports ray. The work itself is `evomerge.service.worker`."""
+"""Ray entry points, the only code that imports ray. The work is `evomerge.service.worker`."""
