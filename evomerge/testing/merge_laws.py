@@ -34,7 +34,8 @@ class LawBroken(AssertionError):
 class Case:
     """One tensor to merge: base [n] and the sources [n] by name, in the recipe's order.
 
-    `parameters` holds for every source; `own` overrides it for single sources.
+    `parameters` holds for every source; `own` overrides it for single sources. `shape` is the
+    tensor's before it was flattened; None for a vector.
     """
 
     base: Tensor
@@ -42,6 +43,7 @@ class Case:
     parameters: Parameters = field(default_factory=dict)
     own: Mapping[str, Parameters] = field(default_factory=dict)
     seed: int = 0
+    shape: tuple[int, ...] | None = None
 
     def given(self, **parameters: Scalar) -> Case:
         """The same case with some parameters set, for the recipe and for every source."""
@@ -87,7 +89,7 @@ def random_case(
 
     A fifth of all task-vector entries and a tenth of the base are exactly 0, of either sign. With a
     `method`, its parameters are random too (source scope: for every source on its own), inside
-    their bounds.
+    their bounds, and the shape is any matrix of that size.
     """
     generator = torch.Generator().manual_seed(seed)
     dice = random.Random(seed)
@@ -104,7 +106,7 @@ def random_case(
     shared = {p.name: _random_value(p, dice) for p in method.parameters if p.scope == "recipe"}
     varied = [p for p in method.parameters if p.scope == "source"]
     own = {name: {p.name: _random_value(p, dice) for p in varied} for name in names}
-    return Case(base, models, shared, own, seed)
+    return Case(base, models, shared, own, seed, _random_matrix(size, dice))
 
 
 # The laws, numbered as in the project's specification.
@@ -158,6 +160,18 @@ def cutting_is_irrelevant(method: MergeMethod, case: Case, given: Parameters) ->
     for block_size in (1, 7, 1000):
         cut = merged(method, case, block_size=block_size)
         _same_bits(cut, whole, f"the merge in one block (blocks of {block_size})")
+
+
+def weightless_is_absent(method: MergeMethod, case: Case, given: Parameters) -> None:
+    """A source of weight 0 might as well not be there, bit for bit."""
+    case = case.given(**given)
+    if len(case.sources) <= method.min_sources:
+        return
+    first = next(iter(case.sources))
+    without = case.of({name: tau for name, tau in case.sources.items() if name != first})
+    own = {**case.own, first: {**case.own.get(first, {}), "weight": 0.0}}
+    present = merged(method, replace(case, own=own))
+    _same_bits(present, merged(method, without), "the merge without that source")
 
 
 def seed_decides(method: MergeMethod, case: Case, given: Parameters) -> None:
@@ -312,7 +326,7 @@ def _coefficients(method: MergeMethod, case: Case) -> Coefficients:
             source[parameter.name] = tuple(own)
     return Coefficients(
         tensor="model.layers.0.mlp.up_proj.weight",
-        shape=(case.base.numel(),),
+        shape=case.shape or (case.base.numel(),),
         names=tuple(names),
         order=tuple(recipe_order.index(name) for name in names),
         source=source,
@@ -329,6 +343,11 @@ def _random_value(parameter: Parameter, dice: random.Random) -> Scalar:
     low = -0.5 if parameter.low is None else parameter.low
     high = 1.5 if parameter.high is None else parameter.high
     return dice.uniform(low, high)
+
+
+def _random_matrix(size: int, dice: random.Random) -> tuple[int, int]:
+    rows = dice.choice([rows for rows in range(1, size + 1) if size % rows == 0])
+    return rows, size // rows
 
 
 def _same_bits(found: Tensor, expected: Tensor, what: str) -> None:
