@@ -6,12 +6,16 @@ A value is one of
     {blocks: [0.2, 0.9]}                 steps: equal runs of depth, one value each
     [{type: mlp, value: V}, {filter: q_proj, value: V}, {value: V}]
                                          the first rule whose tensor type or name part fits
-Rules may hold gradients and blocks, not rules. Knows nothing of merge methods.
+    [{layers: [8, 16], value: V}, {layers: none, value: V}, {value: V}]
+                                         and whose layer is one of 8 to 15, or that has none
+Rules may hold gradients and blocks, not rules; under `layers: [8, 16]` depth runs from 0 at layer 8
+to 1 at layer 15. All of a rule's conditions must fit. Knows nothing of merge methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from evomerge.merging.layout import TENSOR_TYPES, Place
@@ -29,7 +33,8 @@ def resolve(value: Value, place: Place) -> Scalar:
         return _step(value["blocks"], place.depth)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if value and isinstance(value[0], Mapping):
-            return resolve(_matching(value, place), place)
+            rule = _matching(value, place)
+            return resolve(rule["value"], _within(rule, place))
         return _gradient(value, place.depth)
     return value  # type: ignore[no-any-return]
 
@@ -81,26 +86,56 @@ def _number(entry: object) -> float:
 
 def _rule(rule: object) -> dict[str, Any]:
     if not isinstance(rule, Mapping) or "value" not in rule:
-        raise ValueError(f"{rule!r}: a rule is {{type or filter, value}}")
-    unknown = set(rule) - {"type", "filter", "value"}
-    if unknown or ("type" in rule and "filter" in rule):
-        raise ValueError(f"{dict(rule)!r}: a rule is {{type or filter, value}}")
+        raise ValueError(f"{rule!r}: a rule is {{type, filter or layers, value}}")
+    if set(rule) - {"type", "filter", "layers", "value"}:
+        raise ValueError(f"{dict(rule)!r}: a rule is {{type, filter or layers, value}}")
     if "type" in rule and rule["type"] not in TENSOR_TYPES:
         raise ValueError(f"unknown tensor type {rule['type']!r}; known: {', '.join(TENSOR_TYPES)}")
     if not isinstance(rule.get("filter", ""), str):
         raise ValueError(f"a filter is a part of a tensor's name, not {rule['filter']!r}")
+    if "layers" in rule and not _is_range(rule["layers"]):
+        raise ValueError(f"layers: expected [first, end] or none, got {rule['layers']!r}")
     inner = normalise(rule["value"])
     if isinstance(inner, list) and inner and isinstance(inner[0], dict):
         raise ValueError("a rule cannot hold rules")
-    return {**rule, "value": inner}
+    layers = rule.get("layers")
+    ranged = {"layers": list(layers)} if isinstance(layers, tuple) else {}
+    return {**rule, **ranged, "value": inner}
 
 
-def _matching(rules: Sequence[Mapping[str, Any]], place: Place) -> Value:
+def _is_range(layers: object) -> bool:
+    if not isinstance(layers, list | tuple):
+        return layers == "none"
+    return len(layers) == 2 and all(type(n) is int for n in layers) and 0 <= layers[0] < layers[1]
+
+
+def _matching(rules: Sequence[Mapping[str, Any]], place: Place) -> Mapping[str, Any]:
     for rule in rules:
         wanted = rule.get("filter", "*")
-        if rule.get("type", place.type) == place.type and (wanted == "*" or wanted in place.name):
-            return rule["value"]
+        if (
+            rule.get("type", place.type) == place.type
+            and (wanted == "*" or wanted in place.name)
+            and _is_in(rule.get("layers"), place.layer)
+        ):
+            return rule
     raise ValueError(f"no rule fits {place.name}; end the list with a rule that has only a value")
+
+
+def _is_in(layers: Any, layer: int | None) -> bool:
+    if layers is None:
+        return True
+    if layers == "none":
+        return layer is None
+    return layer is not None and layers[0] <= layer < layers[1]
+
+
+def _within(rule: Mapping[str, Any], place: Place) -> Place:
+    """The place as the rule's value sees it: its depth is that within the rule's layers."""
+    layers = rule.get("layers")
+    if layers is None or layers == "none" or place.layer is None:
+        return place
+    first, end = layers
+    return replace(place, depth=(place.layer - first) / max(end - 1 - first, 1))
 
 
 def _gradient(knots: Sequence[float], depth: float) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.merging.layout import Place
+from evomerge.merging.layout import Place, layout
 from evomerge.merging.values import leaves, normalise, resolve
 
 NUMBERS = st.floats(-10, 10)
@@ -48,6 +48,23 @@ def test_the_first_rule_that_fits_wins() -> None:
     assert resolve(rules, _at(0.5, "model.layers.0.self_attn.q_proj.weight", "attention")) == 1.0
     assert resolve(rules, _at(0.5, "model.norm.weight", "norm")) == 7.0
     assert resolve([{"filter": "*", "value": 3.0}], _at(0)) == 3.0
+
+
+def test_rules_for_layers() -> None:
+    rules = [
+        {"layers": [1, 4], "filter": "q_proj", "value": [0.0, 1.0]},
+        {"layers": [3, 4], "value": [5.0, 6.0]},
+        {"layers": "none", "value": 7.0},
+        {"layers": [0, 6], "type": "mlp", "value": [0.0, 10.0]},
+        {"value": 9.0},
+    ]
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(6)]
+    places = layout([*names, "model.layers.2.mlp.up_proj.weight", "model.norm.weight", "model.x"])
+    assert [resolve(rules, places[name]) for name in names] == [9, 0, 0.5, 1, 9, 9]
+    assert resolve(rules, places["model.layers.2.mlp.up_proj.weight"]) == pytest.approx(4)
+    assert resolve(rules, places["model.norm.weight"]) == 7
+    assert resolve(rules[1:], places[names[3]]) == 5  # a range of one layer begins there
+    assert normalise([{"layers": (0, 2), "value": 1}]) == [{"layers": [0, 2], "value": 1.0}]
 
 
 def test_no_rule_that_fits() -> None:
@@ -92,7 +109,9 @@ def test_the_canonical_form_is_its_own(value: object) -> None:
         ({"blocks": 3}, "blocks: [values]"),
         ({"block": [1]}, "blocks: [values]"),
         ([{"type": "mlp"}], "a rule is"),
-        ([{"type": "mlp", "filter": "q", "value": 1}], "a rule is"),
+        ([{"layers": [2, 2], "value": 1}], "expected [first, end] or none, got [2, 2]"),
+        ([{"layers": [0, 1.5], "value": 1}], "expected [first, end] or none"),
+        ([{"layers": "all", "value": 1}], "expected [first, end] or none, got 'all'"),
         ([{"kind": "mlp", "value": 1}], "a rule is"),
         ([{"value": 1}, 2], "a rule is"),
         ([{"type": "mpl", "value": 1}], "unknown tensor type 'mpl'; known: attention"),
