@@ -133,8 +133,8 @@ class Merge:
                     f" {list(checkpoint.shape(name))}; all sources must share the base's"
                     " architecture"
                 )
-        needs_base = self.base is not None and self._method.needs_base
-        base = self.anchor.tensor(name).reshape(-1) if needs_base else None
+        wanted = self._method.needs_base or self._method.takes_base
+        base = self.anchor.tensor(name).reshape(-1) if self.base and wanted else None
         sources = [self.sources[source].tensor(name).reshape(-1) for source in coefficients.names]
 
         def blocks() -> Iterator[Block]:

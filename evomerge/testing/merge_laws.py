@@ -68,7 +68,7 @@ def merged(method: MergeMethod, case: Case, *, block_size: int | None = None) ->
     def blocks() -> Iterator[Block]:
         for start in range(0, size, step):
             cut = slice(start, start + step)
-            base = case.base[cut].clone() if method.needs_base else None
+            base = case.base[cut].clone() if _sees_base(method) else None
             yield Block(base, sources[:, cut].clone(), start)
 
     survey = method.survey(lambda: iter([(coefficients, blocks)]))
@@ -189,7 +189,7 @@ def inputs_are_untouched(method: MergeMethod, case: Case, given: Parameters) -> 
     case = case.given(**given)
     coefficients = _coefficients(method, case)
     sources = torch.stack([case.sources[name] for name in coefficients.names])
-    block = Block(case.base.clone() if method.needs_base else None, sources.clone(), 0)
+    block = Block(case.base.clone() if _sees_base(method) else None, sources.clone(), 0)
     survey = method.survey(lambda: iter([(coefficients, lambda: iter([block]))]))
     prepared = method.prepare(lambda: iter([block]), coefficients, survey)
     result = method.merge(block, coefficients, prepared)
@@ -287,6 +287,17 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (supports_are_nested, _NEUTRAL),
             (cutting_is_irrelevant, {"rescale": "l1", "density": 0.5, "weight": 1.0}),
         ),
+        "consensus": _obeyed(
+            *_TASK_VECTORS,
+            (weightless_is_absent, {}),
+            (neutral_is_source, {"lambda": 1.0, "weight": 1.0, "agree": 1.0}),
+        ),
+        "consensus_ties": _obeyed(
+            *_TASK_VECTORS,
+            (weightless_is_absent, {}),
+            (neutral_is_source, {"lambda": 1.0, "weight": 1.0, "density": 1.0, "agree": 1.0}),
+            (cutting_is_irrelevant, {"scope": "global", "sign_tie": "majority", "weight": 1.0}),
+        ),
         "slerp": (
             (neutral_is_source, {"t": 1.0}),
             (untrained_is_base, {}),
@@ -333,6 +344,10 @@ def _coefficients(method: MergeMethod, case: Case) -> Coefficients:
         recipe=shared,
         seed=case.seed,
     )
+
+
+def _sees_base(method: MergeMethod) -> bool:
+    return method.needs_base or method.takes_base
 
 
 def _random_value(parameter: Parameter, dice: random.Random) -> Scalar:

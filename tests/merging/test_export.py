@@ -54,7 +54,8 @@ def _save(root: Path, **options: object) -> dict[str, Path]:
 
 
 def _recipe(folders: dict[str, Path], method: str = "task_arithmetic", **options: object) -> Recipe:
-    weights = {} if method == "slerp" else {"weight": 0.4}
+    weighted = "weight" in {parameter.name for parameter in METHODS[method].parameters}
+    weights = {"weight": 0.4} if weighted else {}
     names = list(folders)[1:][: METHODS[method].max_sources]
     sources = tuple(Source(name, ModelRef(str(folders[name])), weights) for name in names)
     return Recipe(method, ModelRef(str(folders["base"])), sources, **options)

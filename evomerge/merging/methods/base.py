@@ -21,6 +21,8 @@ from evomerge.merging.values import Scalar
 class Parameter:
     """One parameter of a method, as data: menus, validation and search spaces are derived from it.
 
+    `base_choices` are the choices for which the recipe must have a base, though the method as
+    such can do without.
     `scope` says whether every source has its own (`source`) or the recipe has one (`recipe`).
     `low` and `high` bound what is valid (inclusive, None is unbounded), not what is worth a search.
     """
@@ -33,6 +35,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
+    base_choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,18 @@ Blocks = Callable[[], Iterator[Block]]
 
 
 class MergeMethod(ABC):
-    """One merge method. Instances hold no state: everything is in the arguments."""
+    """One merge method. Instances hold no state: everything is in the arguments.
+
+    `needs_base`: a recipe without a base is refused. `takes_base`: the base is handed over if the
+    recipe has one. Of a method with neither, blocks have no base.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     formula: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]]
     needs_base: ClassVar[bool] = True
+    takes_base: ClassVar[bool] = False
     min_sources: ClassVar[int] = 1
     max_sources: ClassVar[int | None] = None
 

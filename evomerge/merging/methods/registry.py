@@ -12,6 +12,8 @@ from types import MappingProxyType
 from evomerge.errors import MergeError
 from evomerge.merging.layout import Place
 from evomerge.merging.methods.base import Coefficients, MergeMethod, Parameter
+from evomerge.merging.methods.consensus import Consensus
+from evomerge.merging.methods.consensus_ties import ConsensusTies
 from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
 from evomerge.merging.methods.linear import Linear
@@ -25,7 +27,16 @@ from evomerge.spec import nearest
 METHODS: Mapping[str, MergeMethod] = MappingProxyType(
     {
         method.name: method
-        for method in (Linear(), TaskArithmetic(), Ties(), DareLinear(), DareTies(), Slerp())
+        for method in (
+            Linear(),
+            TaskArithmetic(),
+            Ties(),
+            DareLinear(),
+            DareTies(),
+            Slerp(),
+            Consensus(),
+            ConsensusTies(),
+        )
     }
 )
 
@@ -101,6 +112,8 @@ def _unknown_method(name: str) -> str:
 def _model_faults(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
     if method.needs_base and recipe.base is None:
         yield f"{method.name} merges task vectors and needs a `base`"
+    if recipe.base is None:
+        yield from _choices_without_base(recipe, method)
     count, least, most = len(recipe.sources), method.min_sources, method.max_sources
     if count < least or (most is not None and count > most):
         wanted = f"exactly {least}" if most == least else f"at least {least}"
@@ -108,6 +121,14 @@ def _model_faults(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
     names = [source.name for source in recipe.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"source {name!r} is listed twice; give each source a name of its own"
+
+
+def _choices_without_base(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
+    for parameter in method.parameters:
+        value = recipe.parameters.get(parameter.name, parameter.default)
+        for choice in parameter.base_choices:
+            if choice in str(value):
+                yield f"parameters.{parameter.name}: {choice!r} needs a `base`"
 
 
 def _faults(

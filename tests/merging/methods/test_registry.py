@@ -33,14 +33,19 @@ def test_get() -> None:
 
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_a_recipe_without_parameters_is_fine(name: str) -> None:
-    assert registry.check(recipe(name)) == []
+    assert registry.check(recipe(name, sources=some_sources(name))) == []
 
 
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_defaults_are_valid(name: str) -> None:
     method = registry.get(name)
     defaults = {parameter.name: parameter.default for parameter in method.parameters}
-    assert registry.check(recipe(name, parameters=defaults)) == []
+    assert registry.check(recipe(name, sources=some_sources(name), parameters=defaults)) == []
+
+
+def some_sources(name: str) -> dict[str, dict[str, Any]]:
+    most = registry.get(name).max_sources or 2
+    return {source: {} for source in ("math", "code")[:most]}
 
 
 @pytest.mark.parametrize(
