@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from evomerge.spec import PARTS, StudySpec
 from evomerge.store import open_store
 from evomerge.store.base import StudyRecord
 from evomerge.trial import Score, Trial
+
+if TYPE_CHECKING:
+    from evomerge.merging.recipe import Recipe
+    from evomerge.service.report import Report
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="The study's name.")]
 
@@ -79,27 +83,30 @@ def best(
     json: AsJson = False,
 ) -> None:
     """The winner so far, its recipe and scores; with --export its checkpoint."""
+    from evomerge.cli.checkpoints import export_recipe
     from evomerge.service.report import build_report
 
     opened = open_store(store, create=False)
-    found = build_report(opened.study(study), opened.trials(study))
+    record = opened.study(study)
+    found = build_report(record, opened.trials(study))
     candidate = found.winner or found.leader
     if candidate is None:
         raise UserError(f"study {study!r} has no scored trial yet; `evomerge status {study}`")
+    recipe = _located(candidate.trial, record)
     if export is not None:
-        _export(candidate.trial, export)
-    document = {**candidate.to_full_json(), "final": found.finished}
+        export_recipe(recipe, export)
     if json:
-        print_json(document)
+        document = {**candidate.to_full_json(), "recipe": recipe.to_json()}
+        print_json({**document, "final": found.finished})
         return
-    rank = "winner" if found.finished else "best so far, on the search items alone"
+    rank = _rank(found)
     typer.echo(f"trial {candidate.trial.number} ({rank})\nrecipe {candidate.trial.recipe_digest}")
     scores = candidate.trial.scores
     for part in sorted(scores, key=PARTS.index):
         tasks = scores[part].tasks.items()
         values = ", ".join(f"{name} {task.value:.4f}" for name, task in tasks)
         typer.echo(f"{part}: {values}")
-    print_json(candidate.trial.recipe)
+    print_json(recipe.to_json())
 
 
 def report(
@@ -172,10 +179,9 @@ def trial_json(trial: Trial, weights: dict[str, float]) -> dict[str, Any]:
 
 
 def score_json(score: Score, weights: dict[str, float]) -> dict[str, float]:
-    """A score as {task: value, ..., "mean": weighted mean}."""
-    values = {name: score.tasks[name].value for name in weights}
-    total = sum(weights.values())
-    return {**values, "mean": sum(w * values[name] for name, w in weights.items()) / total}
+    """A score as {task: value, ..., "mean": the objective's weighted mean, more is better}."""
+    (mean,) = score.values(weights, pareto=False)
+    return {**{name: score.tasks[name].value for name in weights}, "mean": mean}
 
 
 def _status(record: StudyRecord, rows: Any) -> dict[str, Any]:
@@ -213,8 +219,15 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _export(trial: Trial, directory: Path) -> None:
-    from evomerge.cli.checkpoints import export_recipe
+def _rank(found: Report) -> str:
+    if found.winner is None:
+        return "best so far, on the search items alone"
+    return "winner" if found.finished else "winner so far"
+
+
+def _located(trial: Trial, record: StudyRecord) -> Recipe:
+    """The trial's recipe with its models where they lay when the study was last opened."""
     from evomerge.merging.recipe import Recipe
 
-    export_recipe(Recipe.from_json(trial.recipe), directory)
+    places = {digest: path for path, digest in record.inspection["digests"].items()}
+    return Recipe.from_json(trial.recipe).located(places)

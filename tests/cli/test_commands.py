@@ -18,7 +18,10 @@ from stored import store_study
 import evomerge
 from evomerge.cli.main import app
 from evomerge.cli.main import main as command_line
+from evomerge.cli.read import score_json
+from evomerge.store.base import Controller
 from evomerge.store.sql import SqlStore
+from evomerge.trial import Score, TaskScore
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -171,6 +174,33 @@ def test_best_names_the_trial_that_the_report_calls_the_winner(call: Any) -> Non
     text = call("best", "zoo-ties")[1]
     assert f"trial {best['number']} (winner)" in text
     assert text.index("search:") < text.index("selection:") < text.index("report:")
+
+
+def test_best_names_models_where_they_lay_when_the_study_was_last_opened(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = SqlStore(f"sqlite:///{tmp_path / 'moved.db'}")
+    study = store_study(store)
+    places = {"elsewhere/base": study.inspection["digests"]["zoo/base"]}
+    now = study.created_at
+    store.acquire("zoo-ties", Controller("d", "host", 1, 1.0, now), now=now)
+    moved = {**study.inspection, "digests": places}
+    store.update_study("zoo-ties", study.spec, moved, controller="d")
+    monkeypatch.setenv("EVOMERGE_STORE", store.engine.url.render_as_string())
+    best = json.loads(call("best", "zoo-ties", "--json")[1])
+    assert best["recipe"]["base"]["path"] == "elsewhere/base"
+    assert '"path": "elsewhere/base"' in call("best", "zoo-ties")[1]
+    code, _, err = call("best", "zoo-ties", "--export", "merged")
+    assert (code, "elsewhere/base: no such folder" in err) == (2, True), err
+
+
+def test_a_mean_over_tasks_turns_the_sign_where_less_is_better() -> None:
+    tasks = {
+        "sort": TaskScore("acc", 0.5, None, 4),
+        "text": TaskScore("perplexity", 9.0, None, 4, higher_is_better=False),
+    }
+    found = score_json(Score(tasks), {"sort": 3.0, "text": 1.0})
+    assert found == {"sort": 0.5, "text": 9.0, "mean": (3 * 0.5 - 9.0) / 4}
 
 
 def test_report_page(call: Any) -> None:

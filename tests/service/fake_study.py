@@ -16,6 +16,7 @@ from evomerge.store.base import StudyRecord
 from evomerge.trial import Attempt, Failure, Part, Score, State, TaskScore, Trial
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+BASE_DIGEST = "ab" * 32
 ITEMS: Mapping[Part, int] = {"search": 80, "selection": 40, "report": 80}
 
 
@@ -46,7 +47,7 @@ def record(
         "layers": layers,
         "tensors": tensors(layers),
         "dtype": "bfloat16",
-        "digests": {"zoo/base": "ab" * 32},
+        "digests": {"zoo/base": BASE_DIGEST},
         "versions": {"torch": "2.13.0", "transformers": "5.23.0", "lm_eval": "0.4.13"},
     }
     return StudyRecord(name, spec, inspection, "cd" * 32, START)
@@ -161,9 +162,8 @@ def search_trial(study: StudyRecord, number: int, rng: np.random.Generator) -> T
         Source(name, ModelRef(path), {"weight": _curves(rng)})
         for name, path in study.spec["sources"].items()
     )
-    recipe = Recipe(
-        "task_arithmetic", ModelRef("zoo/base"), sources, {"lambda": 1.0}, dtype="bfloat16"
-    )
+    base = ModelRef("zoo/base", BASE_DIGEST)
+    recipe = Recipe("task_arithmetic", base, sources, {"lambda": 1.0}, dtype="bfloat16")
     return Trial(number, "search", "", genome, recipe.to_json(), recipe.digest, State.WAITING)
 
 
