@@ -54,6 +54,28 @@ PRESETS: Mapping[str, Mapping[str, Scalar]] = MappingProxyType(
 )
 """The parameters under which we do what another implementation does; see docs/methods/ties.md."""
 
+TRIM_PARAMETERS = (
+    Parameter(
+        "scope",
+        "recipe",
+        "choice",
+        "tensor",
+        "what a trim and a majority run over: one tensor, or the model (slower: it is read "
+        "several times before the first tensor is merged)",
+        choices=("tensor", "global"),
+    ),
+    Parameter(
+        "ties_at_threshold",
+        "recipe",
+        "choice",
+        "exact",
+        "exact keeps ⌊d·n⌋ entries, equal ones by lowest index; keep_all is the authors' rule: "
+        "one more, and all that are equal to it",
+        choices=("exact", "keep_all"),
+    ),
+)
+"""What a trim runs over, and what it does with equal magnitudes."""
+
 
 def ties(
     base: Tensor,
@@ -85,9 +107,21 @@ def ties(
     if scale == 0 or not voters:
         return base.clone()
     chosen = [weights[index] for index in voters]
-    votes = _votes(Block(base, sources, start), trims, weights)
+    votes = trimmed_votes(Block(base, sources, start), trims, weights)
     tau = consensus(votes, chosen, tie=tie, aggregate=aggregate, normalize=normalize)
     return moved(base, tau.mul_(scale))
+
+
+def trimmed_votes(block: Block, trims: Sequence[Cut], weights: Sequence[float]) -> list[Tensor]:
+    """vᵢ = wᵢ·τ̂ᵢ for the sources that have a weight. Shapes: s' times [n]."""
+    votes = []
+    for source, trim, weight in zip(block.sources, trims, weights, strict=True):
+        if weight != 0:
+            tau = source - block.base
+            if not trim.keeps_all:
+                tau *= trim.mask(tau, block.start)
+            votes.append(tau.mul_(weight))
+    return votes
 
 
 @dataclass(frozen=True)
@@ -122,24 +156,7 @@ class Ties(MergeMethod):
             "density", "source", "float", 1.0, "share of the task vector kept", low=0.0, high=1.0
         ),
         Parameter("lambda", "recipe", "float", 1.0, "factor of the merged task vector"),
-        Parameter(
-            "scope",
-            "recipe",
-            "choice",
-            "tensor",
-            "what a trim and a majority run over: one tensor, or the model (slower: it is read "
-            "several times before the first tensor is merged)",
-            choices=("tensor", "global"),
-        ),
-        Parameter(
-            "ties_at_threshold",
-            "recipe",
-            "choice",
-            "exact",
-            "exact keeps ⌊d·n⌋ entries, equal ones by lowest index; keep_all is the authors' rule: "
-            "one more, and all that are equal to it",
-            choices=("exact", "keep_all"),
-        ),
+        *TRIM_PARAMETERS,
         *election_parameters(normalize=True),
     )
 
@@ -191,16 +208,4 @@ def _ballots(
     blocks: Blocks, coefficients: Coefficients, trims: Sequence[Cut]
 ) -> Iterator[list[Tensor]]:
     weights = coefficients.floats("weight")
-    return (_votes(block, trims, weights) for block in blocks())
-
-
-def _votes(block: Block, trims: Sequence[Cut], weights: Sequence[float]) -> list[Tensor]:
-    """vᵢ = wᵢ·τ̂ᵢ for the sources that have a weight. Shapes: s' times [n]."""
-    votes = []
-    for source, trim, weight in zip(block.sources, trims, weights, strict=True):
-        if weight != 0:
-            tau = source - block.base
-            if not trim.keeps_all:
-                tau *= trim.mask(tau, block.start)
-            votes.append(tau.mul_(weight))
-    return votes
+    return (trimmed_votes(block, trims, weights) for block in blocks())
