@@ -7,6 +7,7 @@ empty: what is missing is None, and `notes` say why. Knows nothing of HTML and t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from evomerge.service.cost import Cost, cost
 from evomerge.service.measurement import Interval, Measurement, measure, to_json
 from evomerge.service.verdict import best_baseline, finalists, to_score, winner
 from evomerge.store.base import StudyRecord
-from evomerge.trial import Kind, Part, Score, State, Trial
+from evomerge.trial import Kind, Part, Score, State, TaskScore, Trial
 
 if TYPE_CHECKING:
     from evomerge.scoring.statistics import Comparison
@@ -232,10 +233,21 @@ def _outcomes(
 def _unpaired(ours: Score, theirs: Score, weights: Mapping[str, float]) -> str | None:
     """Why two scores cannot be compared item by item; None if they can."""
     for task in weights:
-        a, b = len(ours.tasks[task].outcomes), len(theirs.tasks[task].outcomes)
+        one, other = ours.tasks[task], theirs.tasks[task]
+        a, b = len(one.outcomes), len(other.outcomes)
         if a != b or a < 2:
             return f"task {task!r} has {a} and {b} per-item outcomes"
+        if not (_is_mean(one) and _is_mean(other)):
+            return (
+                f"{one.metric} of task {task!r} is no mean over its items, so their differences "
+                "are not the difference of the two models"
+            )
     return None
+
+
+def _is_mean(task: TaskScore) -> bool:
+    """Whether a value is the mean of its items' outcomes; a perplexity is not."""
+    return math.isclose(math.fsum(task.outcomes) / len(task.outcomes), task.value, abs_tol=1e-9)
 
 
 def _against(name: str, rival: Candidate) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from datetime import timedelta
+from statistics import geometric_mean
 from typing import Any
 
 import fake_study as fake
@@ -173,6 +174,25 @@ def test_a_baseline_on_other_items_is_not_tested_and_the_rest_is() -> None:
     assert against(report, "base").verdict == "not tested"
     assert "80 and 50 per-item outcomes" in against(report, "base").sentence
     assert against(report, "uniform").verdict == "better"
+
+
+def test_a_value_that_is_no_mean_of_its_items_is_not_compared_item_by_item() -> None:
+    # mean over items better by 2.5, perplexity (their geometric mean) worse: a test would mislead
+    perplexity = {"winner": (9.0, 9.0, 9.0, 9.0), "base": (40.0, 2.0, 2.0, 2.0)}
+    scores = {
+        name: Score({"a": TaskScore("perplexity", geometric_mean(o), None, 4, False, o)})
+        for name, o in perplexity.items()
+    }
+    study = fake.record(tasks=("a",))
+    trials = [
+        replace(t, scores={**t.scores, "report": scores["base" if t.kind == "base" else "winner"]})
+        if "report" in t.scores
+        else t
+        for t in fake.finished(study)
+    ]
+    outcome = against(build_report(study, trials), "base")
+    assert outcome.verdict == "not tested"
+    assert "perplexity of task 'a' is no mean over its items" in outcome.sentence
 
 
 def test_an_unfinished_search_has_a_leader_and_no_winner() -> None:
