@@ -111,6 +111,7 @@ def _comparison_cells(outcome: Outcome) -> Mapping[str, str]:
         "p_holm": p_text(outcome.p_holm or 0.0).removeprefix("p ") if tested else "–",
         "verdict": outcome.verdict,
         "kind": outcome.verdict.split()[0],
+        "untested": "" if tested else outcome.sentence,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -20,7 +21,7 @@ from evomerge.service.coefficients import coefficients, typical_tensors
 from evomerge.service.report import build_report
 from evomerge.service.report_page import render
 from evomerge.store.base import StudyRecord
-from evomerge.trial import Trial
+from evomerge.trial import Score, TaskScore, Trial
 
 SVG = "{http://www.w3.org/2000/svg}"
 LOADING = {"src", "href", "srcset", "data", "action", "poster", "xlink:href"}
@@ -100,6 +101,17 @@ def test_the_page_says_what_the_report_says(page: str) -> None:
     assert "evomerge best zoo-ties --export DIR" in text
     assert "seed: 7" in text
     assert "2.13.0" in text
+
+
+def test_the_page_says_why_a_comparison_was_not_made() -> None:
+    study = fake.record(tasks=("a",))
+    bare = Score({"a": TaskScore("f1", 0.9, None, 50)})
+    trials = [
+        replace(t, scores={**t.scores, "report": bare}) if "report" in t.scores else t
+        for t in fake.finished(study)
+    ]
+    text = Page(page_of(study, trials)).text
+    assert "Not tested against the base: task 'a' has 0 and 0 per-item outcomes." in text
 
 
 def test_names_are_escaped_everywhere() -> None:
