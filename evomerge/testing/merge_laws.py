@@ -244,6 +244,12 @@ _TASK_VECTORS: tuple[tuple[Law, Parameters], ...] = (
     (untrained_is_base, {}),
     (scales_with_task_vectors, {}),
 )
+_SPHERE: tuple[tuple[Law, Parameters], ...] = (
+    (untrained_is_base, {"weight": 0.3}),
+    (copies_are_source, {"weight": 0.3}),
+    (scales_with_task_vectors, {}),
+    *((cutting_is_irrelevant, {"origin": origin}) for origin in ("zero", "base")),
+)
 _NEUTRAL: Parameters = {"lambda": 1.0, "weight": 1.0, "normalize": False}
 _MEAN: Parameters = {"lambda": 1.0, "weight": 1.0, "normalize": True}
 
@@ -307,6 +313,7 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (inputs_are_untouched, {}),
             (extremes_stay_finite, {}),
         ),
+        "nuslerp": _obeyed(*_SPHERE),
     }
 )
 """The laws that each method shipped obeys, with the parameters that the law needs."""

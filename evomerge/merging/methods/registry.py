@@ -17,6 +17,7 @@ from evomerge.merging.methods.consensus_ties import ConsensusTies
 from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
 from evomerge.merging.methods.linear import Linear
+from evomerge.merging.methods.nuslerp import NuSlerp
 from evomerge.merging.methods.slerp import Slerp
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
 from evomerge.merging.methods.ties import Ties
@@ -34,6 +35,7 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             DareLinear(),
             DareTies(),
             Slerp(),
+            NuSlerp(),
             Consensus(),
             ConsensusTies(),
         )
