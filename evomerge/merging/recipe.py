@@ -16,6 +16,7 @@ from typing import Any
 
 from evomerge.documents import read_yaml
 from evomerge.errors import SpecError
+from evomerge.merging.mergekit_methods import is_mergekit
 from evomerge.merging.values import Value, normalise
 from evomerge.spec import locate, nearest
 
@@ -124,7 +125,7 @@ _KEYS = ("method", "base", "sources", "parameters", "dtype", "seed")
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file: YAML, or the JSON that `evomerge best` prints.
+    """Read a recipe file: YAML, the JSON that `evomerge best` prints, or mergekit's YAML.
 
         method: ties
         base: zoo/base
@@ -139,6 +140,10 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(document, dict):
         raise SpecError(str(path), ["a recipe is a mapping with `method`, `base`, `sources`"])
     folder = path.resolve().parent
+    if is_mergekit(document):
+        from evomerge.merging.mergekit_yaml import read_mergekit  # its methods import recipes
+
+        return read_mergekit(document, folder, subject=str(path))
     faults = [
         f"unknown key {key!r}{nearest(str(key), _KEYS)}" for key in document if key not in _KEYS
     ]

@@ -1,0 +1,265 @@
+"""A mergekit merge file as a recipe with the same meaning.
+
+mergekit's defaults are written out, so that the recipe says all there is. What cannot be expressed
+is refused by name. Reads no tensor; mergekit's own facts are in `mergekit_methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import SpecError
+from evomerge.merging.mergekit_methods import (
+    CHOICES,
+    DECIDED,
+    METHODS,
+    REQUIRED,
+    MergekitMethod,
+    is_mergekit,
+)
+from evomerge.merging.mergekit_stack import (
+    Rules,
+    Slice,
+    read_model,
+    read_setting,
+    read_slices,
+    unsupported,
+)
+from evomerge.merging.mergekit_values import joined
+from evomerge.merging.methods import registry
+from evomerge.merging.methods.base import Parameter
+from evomerge.merging.recipe import ModelRef, Recipe, Source
+from evomerge.merging.values import Value
+from evomerge.spec import nearest
+
+
+def read_mergekit(document: Mapping[str, Any], folder: Path, *, subject: str = "recipe") -> Recipe:
+    """The recipe that a mergekit merge file stands for; relative paths are from `folder`.
+
+    Raises SpecError with every key that is malformed or that we do not support.
+    """
+    if "genome" in document:
+        fault = "is a mergekit-evolve file; `evomerge run FILE` searches what it describes"
+        raise SpecError(subject, [fault])
+    faults = list(unsupported(document))
+    method = _method(document, faults)
+    slices = read_slices(document, folder, faults)
+    if faults or method is None:
+        raise SpecError(subject, faults)
+    recipe = _Reader(document, slices, folder, method, faults).recipe()
+    if not faults:
+        faults += registry.check(recipe)
+    if faults:
+        raise SpecError(subject, list(dict.fromkeys(faults)))
+    return recipe
+
+
+class _Reader:
+    """Turns the slices of one stack into a recipe's parameters; faults are collected."""
+
+    def __init__(
+        self,
+        document: Mapping[str, Any],
+        slices: Sequence[Slice],
+        folder: Path,
+        method: MergekitMethod,
+        faults: list[str],
+    ) -> None:
+        self._document, self._slices, self._faults = document, slices, faults
+        self._name, self._method = document["merge_method"], method
+        self._ours = {p.name: p for p in registry.get(self._name).parameters}
+        base = document.get("base_model") or slices[0].base
+        self._base = None if base is None else read_model("base_model", base, folder, faults)
+
+    def recipe(self) -> Recipe:
+        models = self._models()
+        self._check_bases(models)
+        self._check_names(models)
+        names = dict(zip(models, _names(models), strict=True))
+        own = {
+            names[model]: {
+                name: value
+                for name in self._method.source
+                if (value := self._value(name, model)) is not None
+            }
+            for model in models
+        }
+        shared = {
+            name: value
+            for name in self._method.recipe
+            if (value := self._value(name, None)) is not None
+        }
+        shared |= {
+            name: value
+            for name, value in DECIDED.items()
+            if name in self._ours and value in self._ours[name].choices
+        }
+        return Recipe(
+            method=self._name,
+            base=ModelRef(self._base) if self._base else None,
+            sources=tuple(Source(names[m], ModelRef(m), own[names[m]]) for m in models),
+            parameters=shared,
+            dtype=self._document.get("out_dtype") or self._document.get("dtype"),
+        )
+
+    def _models(self) -> list[str]:
+        """The merged models in the order of the recipe."""
+        listed = list(self._slices[0].models)
+        base, role = self._base, self._method.base
+        if base is None:
+            if role == "first":
+                self._faults.append(f"base_model: {self._name} starts from it; name one of the two")
+            return listed
+        if role == "first":
+            return [base, *(model for model in listed if model != base)]
+        if role == "model":
+            # to mergekit the base is one more model of the average
+            return listed if base in listed else [base, *listed]
+        return [model for model in listed if model != base]
+
+    def _check_bases(self, models: Sequence[str]) -> None:
+        for part in self._slices:
+            swapped = self._method.base == "first" and part.base in models
+            if part.base not in (None, self._base) and not swapped:
+                self._faults.append(
+                    f"{part.where}.base_model: differs from the others; a recipe has one base"
+                )
+        if len(self._slices) == 1 and self._slices[0].layers is None:
+            return
+        for part in self._slices:
+            if self._base is not None and self._base not in part.models:
+                self._faults.append(
+                    f"{part.where}.sources: base_model is not among them; mergekit wants it there"
+                )
+
+    def _check_names(self, models: Sequence[str]) -> None:
+        """A parameter that mergekit would read without a word and drop."""
+        source, recipe = self._method.source, self._method.recipe
+        for where, entry, own in self._places(models):
+            for name in entry:
+                if name in self._method.unused or (name in recipe and not own):
+                    continue
+                if name in source:
+                    continue
+                if name in recipe:
+                    self._faults.append(
+                        f"{where}.{name}: belongs to the merge; mergekit ignores it here, so move "
+                        "it to the top-level `parameters` or remove it"
+                    )
+                else:
+                    self._faults.append(
+                        f"{where}.{name}: {self._name} has no such parameter and mergekit ignores "
+                        f"it; remove it{nearest(name, [*source, *recipe])}"
+                    )
+
+    def _places(self, models: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+        yield "parameters", self._document.get("parameters") or {}, False
+        for part in self._slices:
+            yield f"{part.where}.parameters".lstrip("."), part.parameters, False
+            for model, (where, own) in part.models.items():
+                if model in models:
+                    yield f"{where}.parameters", own, True
+
+    def _value(self, name: str, model: str | None) -> Value:
+        """Our value of one of mergekit's parameters; None where there is none to write."""
+        default = self._method.source.get(name, self._method.recipe.get(name))
+        per_slice = [self._rules(part, name, model, default) for part in self._slices]
+        if any(rules is None for rules in per_slice):
+            return None
+        ranges = [part.layers for part in self._slices]
+        value = joined(ranges, [rules for rules in per_slice if rules is not None])
+        return self._converted(name, value, default)
+
+    def _rules(self, part: Slice, name: str, model: str | None, default: Any) -> Rules | None:
+        """The rules that hold within a slice: the most specific place first."""
+        where, own = part.models.get(model or "", (part.where, {}))
+        places = [
+            (f"{where}.parameters.{name}", own),
+            (f"{part.where}.parameters.{name}".lstrip("."), part.parameters),
+            (f"parameters.{name}", self._document.get("parameters") or {}),
+        ]
+        rules: Rules = []
+        for place, entry in places if model else places[1:]:
+            if entry.get(name) is not None and (not rules or rules[-1][0] is not None):
+                rules += read_setting(place, entry[name], self._faults)
+        if rules and rules[-1][0] is None:
+            return self._turned(part, name, rules)
+        if default is REQUIRED:
+            who = f"{where or model}: " if model else ""
+            self._faults.append(
+                f"{who}{self._name} needs {name!r}"
+                + (" for every tensor: end its filters with a bare value" if rules else "")
+            )
+            return None
+        return self._turned(part, name, [*rules, (None, default)])
+
+    def _turned(self, part: Slice, name: str, rules: Rules) -> Rules:
+        """In a slice whose base is the other model, SLERP runs the other way."""
+        if self._method.base != "first" or name != "t" or part.base in (None, self._base):
+            return rules
+        return [
+            (wanted, [1 - knot for knot in value] if isinstance(value, list) else 1 - value)
+            for wanted, value in rules
+        ]
+
+    def _converted(self, name: str, value: Value, default: Any) -> Value:
+        """The value as our parameter of that name takes it; None if it is ours by default."""
+        parameter = self._ours.get(name)
+        if parameter is not None:
+            return _as_kind(name, value, parameter, self._faults)
+        if value != default:
+            self._faults.append(f"{name}: our {self._name} cannot take it; remove it")
+        return None
+
+
+def _method(document: Mapping[str, Any], faults: list[str]) -> MergekitMethod | None:
+    name = document.get("merge_method")
+    if not isinstance(name, str):
+        faults.append("missing key 'merge_method'")
+    elif name not in METHODS and name not in registry.METHODS:
+        faults.append(f"merge_method: unknown {name!r}{nearest(name, METHODS)}")
+    elif name not in METHODS:
+        faults.append(f"merge_method: {name!r} is not one of mergekit's; write a recipe of ours")
+    elif name not in registry.METHODS:
+        known = ", ".join(sorted(set(METHODS) & set(registry.METHODS)))
+        faults.append(f"merge_method: {name!r} is not supported; supported: {known}")
+    else:
+        method = METHODS[name]
+        if method.base == "start" and registry.METHODS[name].needs_base:
+            needs = document.get("slices") is None and document.get("base_model") is None
+            faults += ["base_model: missing; task vectors start from it"] if needs else []
+        return method
+    return None
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """A short name for each model: the last part of its path, made unique."""
+    names: list[str] = []
+    for model in models:
+        stem = Path(model).name or "model"
+        name, number = stem, 2
+        while name in names:
+            name, number = f"{stem}_{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _as_kind(name: str, value: Value, parameter: Parameter, faults: list[str]) -> Value:
+    """mergekit's parameters are numbers; ours may be switches or choices."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return [
+            {**rule, "value": _as_kind(name, rule["value"], parameter, faults)} for rule in value
+        ]
+    if parameter.kind == "float":
+        return [float(v) for v in value] if isinstance(value, list) else float(value)
+    if isinstance(value, list):
+        faults.append(f"{name}: is a switch, so it cannot be a gradient")
+        return parameter.default
+    if parameter.kind == "bool":
+        return bool(value)
+    return CHOICES.get((name, bool(value)), value)
+
+
+__all__ = ["is_mergekit", "read_mergekit"]
