@@ -10,11 +10,13 @@ import typer
 
 from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json, print_table
 from evomerge.errors import UserError
+from evomerge.service.ledger import utc_now
+from evomerge.service.liveness import is_running
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing
 from evomerge.spec import PARTS, StudySpec
 from evomerge.store import open_store
-from evomerge.store.base import StudyRecord
+from evomerge.store.base import Controller, StudyRecord
 from evomerge.trial import Score, Trial
 
 if TYPE_CHECKING:
@@ -207,8 +209,10 @@ def _done(now: Progress) -> bool:
     return now.phase == "report" and 0 < now.evaluations_done == now.evaluations_total
 
 
-def _holder(controller: Any) -> str | None:
-    return None if controller is None else f"{controller.host}, process {controller.pid}"
+def _holder(controller: Controller | None) -> str | None:
+    if controller is None or not is_running(controller, utc_now()):
+        return None
+    return f"{controller.host}, process {controller.pid}"
 
 
 def _weights(record: StudyRecord) -> dict[str, float]:

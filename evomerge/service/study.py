@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from evomerge.errors import StudyChanged, StudyNotFound
@@ -25,6 +24,7 @@ from evomerge.service.controller import CONTROLLER_LEASE_S, Controller, Mirror
 from evomerge.service.dispatch import Dispatcher
 from evomerge.service.executor import Executor, Setup
 from evomerge.service.ledger import Clock, Ledger, utc_now
+from evomerge.service.liveness import is_dead, process_start
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing, work_done
 from evomerge.space import Space, load_space
@@ -92,9 +92,9 @@ def controlling(record: StudyRecord, store: StudyStore, clock: Clock = utc_now) 
     now = clock()
     until = now + timedelta(seconds=CONTROLLER_LEASE_S)
     pid = os.getpid()
-    me = Holder(uuid.uuid4().hex, socket.gethostname(), pid, _process_start(pid) or 0.0, until)
+    me = Holder(uuid.uuid4().hex, socket.gethostname(), pid, process_start(pid) or 0.0, until)
     holder = store.controller(record.name)
-    store.acquire(record.name, me, now=now, force=holder is not None and _is_dead(holder))
+    store.acquire(record.name, me, now=now, force=holder is not None and is_dead(holder))
     store.update_study(record.name, record.spec, record.inspection, controller=me.token)
     try:
         yield me.token
@@ -176,37 +176,3 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
             for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
         ]
     return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
-
-
-def _is_dead(holder: Holder) -> bool:
-    """Whether a controller of this host no longer runs; False for one elsewhere."""
-    if holder.host != socket.gethostname():
-        return False
-    return _process_start(holder.pid) != holder.started
-
-
-def _process_start(pid: int) -> float | None:
-    """When a process started, in ticks since boot; None if there is no such process.
-
-    Where there is no /proc, 0.0 stands for a live process: a recycled pid then reads as alive.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return None
-        return 0.0 if _signals(pid) else None
-    except OSError:
-        return None
-    after_name = stat.rpartition(")")[2].split()
-    return None if after_name[0] == "Z" else float(after_name[19])
-
-
-def _signals(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

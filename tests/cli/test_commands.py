@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import evomerge
 from evomerge.cli.main import app
 from evomerge.cli.main import main as command_line
 from evomerge.cli.read import score_json
+from evomerge.service.liveness import process_start
 from evomerge.store.base import Controller
 from evomerge.store.sql import SqlStore
 from evomerge.trial import Score, TaskScore
@@ -130,6 +133,23 @@ def test_status_json(call: Any) -> None:
     }
     assert rows[0]["controller"] is None
     assert json.loads(call("status", "another", "--json")[1])["study"] == "another"
+
+
+@pytest.mark.parametrize(("started", "shown"), [(0.0, False), (1.0, True)], ids=["killed", "alive"])
+def test_status_shows_a_controller_only_while_it_runs(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started: float, shown: bool
+) -> None:
+    pid = os.getpid()
+    alive = process_start(pid)
+    assert alive is not None
+    store = SqlStore(f"sqlite:///{tmp_path / 'held.db'}")
+    now = store_study(store).created_at
+    until = datetime.now(UTC) + timedelta(seconds=30)
+    holder = Controller("d", socket.gethostname(), pid, alive * started, until)
+    store.acquire("zoo-ties", holder, now=now)
+    monkeypatch.setenv("EVOMERGE_STORE", store.engine.url.render_as_string())
+    named = f"{socket.gethostname()}, process {pid}" if shown else None
+    assert json.loads(call("status", "zoo-ties", "--json")[1])["controller"] == named
 
 
 def test_trials_json(call: Any, url: str) -> None:
