@@ -67,8 +67,10 @@ class TestLocalExecutor(_Prepared):
     def executor(cls) -> Iterator[LocalExecutor]:
         executor = LocalExecutor(TWO)
         yield executor
+        started = [process.popen.pid for process in executor._processes]
         executor.close(now=True)
-        assert not psutil.Process().children()
+        assert started
+        assert not any(psutil.pid_exists(pid) for pid in started)
 
     @staticmethod
     def lose_a_worker(executor: Executor) -> None:
