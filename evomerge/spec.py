@@ -106,7 +106,9 @@ class Evaluation(_Section):
 
 
 class Workers(_Section):
-    """Who runs attempts, with how much of a machine each, how long without a sign of life."""
+    """Who runs attempts, with how much of a machine each; an attempt without a result after
+    `lease_s` seconds, the loading of a model included, is lost and counts as one of `max_attempts`.
+    """
 
     count: int = Field(default=1, ge=1)
     num_cpus: int = Field(default=1, ge=1)

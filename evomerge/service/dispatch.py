@@ -98,7 +98,10 @@ class Dispatcher:
 
     def _expire(self, attempt: Attempt) -> bool:
         self._executor.cancel(attempt.token)
-        message = f"no result within the lease of {self._spec.workers.lease_s:g} s"
+        message = (
+            f"no result within the lease of {self._spec.workers.lease_s:g} s; "
+            "set a longer `workers.lease_s` if one attempt needs more"
+        )
         failure = Failure("WorkerLost", message)
         self._refuse(attempt, Event(attempt.token, attempt.worker or ""), failure)
         return True

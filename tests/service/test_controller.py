@@ -148,7 +148,7 @@ def test_a_hanging_worker_is_ended_when_its_lease_lapses(store: MemoryStore) -> 
     assert executor.cancelled == [hung[0]]
     attempts = store.trial(spec.name, 0).attempts
     assert [a.state for a in attempts if a.part == "search"] == [State.FAIL, State.COMPLETE]
-    assert "lease of 100 s" in str(attempts[0].failure)
+    assert "lease of 100 s; set a longer `workers.lease_s`" in str(attempts[0].failure)
 
 
 def test_stopping_waits_for_what_runs_and_resumes_to_the_same_end() -> None:
