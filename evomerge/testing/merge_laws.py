@@ -245,8 +245,8 @@ _TASK_VECTORS: tuple[tuple[Law, Parameters], ...] = (
     (scales_with_task_vectors, {}),
 )
 _SPHERE: tuple[tuple[Law, Parameters], ...] = (
-    (untrained_is_base, {"weight": 0.3}),
-    (copies_are_source, {"weight": 0.3}),
+    (untrained_is_base, {"weight": 0.3, "normalize": True}),
+    (copies_are_source, {"weight": 0.3, "normalize": True}),
     (scales_with_task_vectors, {}),
     *((cutting_is_irrelevant, {"origin": origin}) for origin in ("zero", "base")),
 )
@@ -314,6 +314,25 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (extremes_stay_finite, {}),
         ),
         "nuslerp": _obeyed(*_SPHERE),
+        "multislerp": _obeyed(
+            *_SPHERE,
+            (neutral_is_source, {"weight": 0.3, "normalize": True}),
+            (weightless_is_absent, {}),
+        ),
+        "karcher": _obeyed(
+            *_SPHERE, (neutral_is_source, {"weight": 0.3}), (weightless_is_absent, {})
+        ),
+        "model_stock": _obeyed(
+            (untrained_is_base, {}),
+            (copies_are_source, {}),
+            (scales_with_task_vectors, {}),
+            (cutting_is_irrelevant, {"vectors": "row"}),
+        ),
+        "nearswap": _obeyed(
+            (zero_scale_is_base, {"t": 0.0}),
+            (neutral_is_source, {"t": 1e9}),
+            (untrained_is_base, {}),
+        ),
     }
 )
 """The laws that each method shipped obeys, with the parameters that the law needs."""

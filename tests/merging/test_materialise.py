@@ -134,7 +134,11 @@ def test_a_model_of_another_dtype_holds_the_recipes_values(
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_block_size_changes_no_bit(models: dict[str, Checkpoint], method: str) -> None:
-    recipe = _recipe(models, method, WEIGHTS[: METHODS[method].max_sources])
+    weights = WEIGHTS[: METHODS[method].max_sources]
+    bounds = {parameter.name: parameter.low for parameter in METHODS[method].parameters}
+    if bounds.get("weight") == 0:
+        weights = [abs(weight) for weight in weights]
+    recipe = _recipe(models, method, weights)
     whole = Merge(recipe, models)
     for size in (13, 1000, 2048):
         cut = Merge(recipe, models, block_size=size)

@@ -16,7 +16,11 @@ from evomerge.merging.methods.consensus import Consensus
 from evomerge.merging.methods.consensus_ties import ConsensusTies
 from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
+from evomerge.merging.methods.karcher import Karcher
 from evomerge.merging.methods.linear import Linear
+from evomerge.merging.methods.model_stock import ModelStock
+from evomerge.merging.methods.multislerp import MultiSlerp
+from evomerge.merging.methods.nearswap import NearSwap
 from evomerge.merging.methods.nuslerp import NuSlerp
 from evomerge.merging.methods.slerp import Slerp
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
@@ -36,6 +40,10 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             DareTies(),
             Slerp(),
             NuSlerp(),
+            MultiSlerp(),
+            Karcher(),
+            ModelStock(),
+            NearSwap(),
             Consensus(),
             ConsensusTies(),
         )

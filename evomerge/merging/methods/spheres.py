@@ -93,3 +93,13 @@ def cosines(products: Gram) -> Gram:
         ]
         for i, row in enumerate(products)
     ]
+
+
+def length_of(products: Gram, coefficients: Sequence[float]) -> float:
+    """‖Σᵢ cᵢ·vᵢ‖."""
+    square = sum(
+        coefficients[i] * coefficients[j] * product
+        for i, row in enumerate(products)
+        for j, product in enumerate(row)
+    )
+    return math.sqrt(max(square, 0.0))
