@@ -304,6 +304,13 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (neutral_is_source, {"lambda": 1.0, "weight": 1.0, "density": 1.0, "agree": 1.0}),
             (cutting_is_irrelevant, {"scope": "global", "sign_tie": "majority", "weight": 1.0}),
         ),
+        "iso_c": _obeyed(*_TASK_VECTORS, (weightless_is_absent, {})),
+        "iso_cts": _obeyed(*_TASK_VECTORS, (weightless_is_absent, {})),
+        "tsv_m": _obeyed(
+            *_TASK_VECTORS,
+            (weightless_is_absent, {}),
+            (neutral_is_source, {"lambda": 1.0, "weight": 1.0}),
+        ),
         "slerp": (
             (neutral_is_source, {"t": 1.0}),
             (untrained_is_base, {}),

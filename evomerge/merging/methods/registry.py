@@ -17,6 +17,8 @@ from evomerge.merging.methods.consensus_ties import ConsensusTies
 from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
 from evomerge.merging.methods.karcher import Karcher
+from evomerge.merging.methods.iso_c import IsoC
+from evomerge.merging.methods.iso_cts import IsoCts
 from evomerge.merging.methods.linear import Linear
 from evomerge.merging.methods.model_stock import ModelStock
 from evomerge.merging.methods.multislerp import MultiSlerp
@@ -25,6 +27,7 @@ from evomerge.merging.methods.nuslerp import NuSlerp
 from evomerge.merging.methods.slerp import Slerp
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
 from evomerge.merging.methods.ties import Ties
+from evomerge.merging.methods.tsv_m import TsvM
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.values import Scalar, Value, leaves, normalise, resolve
 from evomerge.spec import nearest
@@ -46,6 +49,9 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             NearSwap(),
             Consensus(),
             ConsensusTies(),
+            IsoC(),
+            IsoCts(),
+            TsvM(),
         )
     }
 )
