@@ -34,7 +34,7 @@ class Dispatcher:
         self._queue: deque[Task] = deque()
         self._failures: Counter[Task] = Counter()
         self.given_up: set[Task] = set()
-        self._completed = 0
+        self._works = False  # something succeeded since this process began or gave a task up
 
     @property
     def idle(self) -> bool:
@@ -60,7 +60,8 @@ class Dispatcher:
     def step(self) -> bool:
         """Dispatch what fits, take in what came back; True if anything changed.
 
-        Raises StudyStopped when one task fails `max_attempts` times and none ever succeeded.
+        Raises StudyStopped when a task fails `max_attempts` times and none has succeeded since this
+        process began, or since the last task was given up for the same reason.
         """
         changed = self._dispatch()
         for event in self._executor.poll(0.0 if self.idle else _POLL_S):
@@ -91,7 +92,7 @@ class Dispatcher:
             score = Score.from_json(event.score)
             values, seconds = self._values(score), event.seconds
             self._ledger.finish(event.token, score, values, worker=event.worker, seconds=seconds)
-            self._completed += 1
+            self._works = True
         elif event.failure is not None:
             self._refuse(attempt, event, event.failure)
         return True
@@ -110,8 +111,8 @@ class Dispatcher:
         task = (attempt.trial, attempt.part)
         self._failures[task] += 1
         exhausted = self._failures[task] >= self._spec.workers.max_attempts
-        # while nothing ever succeeded the fault is not shown to be the candidate's
-        broken = exhausted and not event.candidate and not self._completed
+        # while nothing else succeeds the fault is not shown to be the candidate's
+        broken = exhausted and not event.candidate and not self._works
         final = event.candidate or (exhausted and not broken)
         self._ledger.fail(
             attempt.token,
@@ -122,12 +123,13 @@ class Dispatcher:
         )
         if final:
             self.given_up.add(task)
+            self._works = self._works and event.candidate
         elif not broken:
             self._queue.append(task)
         else:
             raise StudyStopped(
                 f"study {self._spec.name!r} stopped: trial {attempt.trial} failed "
-                f"{self._failures[task]} times and nothing has succeeded; the last time "
+                f"{self._failures[task]} times and nothing succeeds any more; the last time "
                 f"{failure.error}: {failure.message}"
             )
 

@@ -124,6 +124,20 @@ def test_a_study_whose_every_attempt_fails_stops_with_its_reason(store: MemorySt
     assert run_synthetic(spec, store), "once repaired, the same study runs to its end"
 
 
+def test_a_machine_that_breaks_half_way_stops_the_study_and_spoils_one_trial_at_most(
+    store: MemoryStore,
+) -> None:
+    spec = synthetic_spec(budget={"trials": 20, "finalists": 2})
+    gone = Failure("CheckpointError", "stale file handle")
+    broken = SyntheticExecutor(2, fault=lambda job, before: gone if before > 20 else None)
+    with pytest.raises(StudyStopped, match="CheckpointError: stale file handle"):
+        run_synthetic(spec, store, broken)
+    failed = [t for t in store.trials(spec.name) if t.state is State.FAIL]
+    assert len(failed) <= 1
+    assert run_synthetic(spec, store), "once repaired, the same study runs to its end"
+    assert [t for t in store.trials(spec.name) if t.state is State.FAIL] == failed
+
+
 def test_a_hanging_worker_is_ended_when_its_lease_lapses(store: MemoryStore) -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
 
