@@ -152,6 +152,13 @@ class StudySpec(_Section):
         document = read_yaml(path)
         if not isinstance(document, dict):
             raise SpecError(str(path), ["a study spec is a mapping with `name`, `base`, `sources`"])
+        return cls.examine_document(document, path)
+
+    @classmethod
+    def examine_document(
+        cls, document: dict[str, Any], path: Path
+    ) -> tuple[StudySpec | None, list[str]]:
+        """What `examine` says of a document that was read from `path`."""
         spec, faults = _mended(cls, document)
         if spec is None:
             return None, faults

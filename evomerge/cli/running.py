@@ -13,12 +13,14 @@ from types import FrameType
 import typer
 
 from evomerge.cli.options import DEFAULT_STORE
+from evomerge.documents import read_yaml
 from evomerge.errors import SpecError, UserError
 from evomerge.service.controller import Controller, Mirror
 from evomerge.service.executor import Executor
 from evomerge.service.progress import View, make_view
 from evomerge.service.report import Report, build_report
 from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.space.mergekit_evolve import is_mergekit_evolve, read_mergekit_evolve
 from evomerge.spec import StudySpec, Workers, nearest
 from evomerge.store import IN_MEMORY, open_store
 from evomerge.store.base import StudyRecord
@@ -63,9 +65,17 @@ def _run(spec: StudySpec, url: str, executor_name: str, view: View) -> Report:
 
 def load_spec(path: Path, executor_name: str) -> StudySpec:
     """Read a spec. Raises SpecError with every problem: those of a faulty spec's checkpoints and
-    tasks too, as far as it can be read, so that nobody has to mend it twice.
+    tasks too, as far as it can be read, so that nobody has to mend it twice. A mergekit-evolve file
+    is a spec as well; what is done another way here is noted on standard error.
     """
-    spec, problems = StudySpec.examine(path)
+    document = read_yaml(path)
+    if is_mergekit_evolve(document):
+        converted, notes = read_mergekit_evolve(document, path)
+        for note in notes:
+            make_view(sys.stderr).note(f"{path.name}: {note}")
+        spec, problems = StudySpec.examine_document(converted, path)
+    else:
+        spec, problems = StudySpec.examine(path)
     if spec is None or problems:
         if spec is not None:
             problems += _inspected(spec, executor_name)

@@ -17,6 +17,9 @@ from evomerge.space.scales import Scale, bounds_fault, from_unit, to_unit
 from evomerge.spec import nearest
 
 Number = Annotated[float, Strict()]
+REST = "rest"
+"""In a factor's `types`: every tensor type that is not listed."""
+
 # all their tensors lie at one depth, so that a curve over depth would have genes without effect
 _AT_ONE_DEPTH: tuple[TensorType, ...] = ("embedding", "head")
 
@@ -46,8 +49,8 @@ class Factor(BaseModel):
 
     `per` names what it differs by. `knots` makes it a gradient over depth, linear between equally
     spaced knots; `blocks` makes it constant on equal runs of depth. With `per: [type]` it has genes
-    for `types` only, and tensors of other types take `init`. Types that lie at one depth
-    (embedding, head) get one gene in place of a curve.
+    for `types` only, and tensors of other types take `init`, or the genes of `rest` if `types`
+    ends with it. Types that lie at one depth (embedding, head) get one gene in place of a curve.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -94,6 +97,8 @@ class Factor(BaseModel):
             yield f"per lists {self.per[0]!r} twice"
         if "type" in self.per and not self.types:
             yield f"per type needs types: a list of {', '.join(TENSOR_TYPES)}"
+        if self.types == (REST,):
+            yield "types is rest alone, which is every tensor; leave out per type"
         if "type" not in self.per and self.types:
             yield "types is given, but per does not hold type"
         if self.knots and self.blocks:
@@ -116,7 +121,9 @@ class Factor(BaseModel):
         `values` maps the genes' names to their values; `kind` None stands for all other types.
         """
         if "type" in self.per and kind not in self.types:
-            return [self.init]
+            if REST not in self.types:
+                return [self.init]
+            kind = REST
         own_source = source if "source" in self.per else None
         own_kind = kind if "type" in self.per else None
         places = self._places(own_kind)
@@ -132,7 +139,7 @@ class Factor(BaseModel):
         words = [
             parameter,
             f"of source {source}" if source else "",
-            f"in {kind} tensors" if kind else "",
+            f"in {'all other' if kind == REST else kind} tensors" if kind else "",
             self._depth_words(place),
         ]
         name = _gene_name(label, source, kind, place)
@@ -151,7 +158,7 @@ class Factor(BaseModel):
         return f"from depth {place / self.blocks:.2g} to {(place + 1) / self.blocks:.2g}"
 
 
-_TYPES = frozenset(TENSOR_TYPES)
+_TYPES = frozenset((*TENSOR_TYPES, REST))
 
 
 def _gene_name(label: str, source: str | None, kind: str | None, place: int | None) -> str:

@@ -22,7 +22,7 @@ from pydantic import (
 
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.merging.values import Value
-from evomerge.space.factor import Factor, Gene
+from evomerge.space.factor import REST, Factor, Gene
 from evomerge.trial import Genome
 
 _FACTORS = TypeAdapter(tuple[Factor, ...])
@@ -178,13 +178,13 @@ def _value(
     parameter: str, factors: Sequence[Factor], source: str | None, values: Mapping[str, float]
 ) -> Value:
     """A searched parameter as the recipe writes it: rules by tensor type where they differ."""
-    kinds = list(dict.fromkeys(kind for factor in factors for kind in factor.types))
+    kinds = [kind for factor in factors for kind in factor.types if kind != REST]
     rest = _product(parameter, factors, source, None, values)
     if not kinds:
         return rest
     rules = [
         {"type": kind, "value": _product(parameter, factors, source, kind, values)}
-        for kind in kinds
+        for kind in dict.fromkeys(kinds)
     ]
     return [*rules, {"value": rest}]
 

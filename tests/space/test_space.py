@@ -89,6 +89,17 @@ def test_a_type_not_listed_keeps_the_factor_at_its_start():
     assert recipe.parameters == {"t": [{"type": "mlp", "value": 1.0}, {"value": 0.25}]}
 
 
+def test_the_rest_shares_genes():
+    factor = {"per": "type", "types": ["mlp", "rest"], "low": 0.0, "high": 1.0, "init": 0.5}
+    space = load_space({"method": "linear", "source": {"weight": [factor]}})
+    assert [gene.name for gene in space.genes(["a"])] == ["weight[mlp]", "weight[rest]"]
+    recipe = space.decode(
+        [0.2, 0.9], base=ModelRef("b"), sources={"a": ModelRef("a")}, dtype=None, seed=0
+    )
+    expected = [{"type": "mlp", "value": 0.2}, {"value": 0.9}]
+    assert recipe.sources[0].parameters["weight"] == expected
+
+
 def test_the_genome_does_not_depend_on_the_order_of_keys():
     turned = {
         key: dict(reversed(value.items())) if isinstance(value, dict) else value
