@@ -16,9 +16,9 @@ from evomerge.merging.methods.consensus import Consensus
 from evomerge.merging.methods.consensus_ties import ConsensusTies
 from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
-from evomerge.merging.methods.karcher import Karcher
 from evomerge.merging.methods.iso_c import IsoC
 from evomerge.merging.methods.iso_cts import IsoCts
+from evomerge.merging.methods.karcher import Karcher
 from evomerge.merging.methods.linear import Linear
 from evomerge.merging.methods.model_stock import ModelStock
 from evomerge.merging.methods.multislerp import MultiSlerp
