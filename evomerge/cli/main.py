@@ -17,7 +17,7 @@ import evomerge
 from evomerge.cli import checkpoints, demo, read, run, service, space, zoo
 from evomerge.errors import EvomergeError, UserError
 
-OK, OURS, USER, INTERRUPTED = 0, 1, 2, 130
+OK, OURS, USER = 0, 1, 2
 _WORKER_PACKAGES = ("torch", "transformers", "lm_eval", "safetensors", "accelerate")
 
 app = typer.Typer(
@@ -70,8 +70,6 @@ def _explain(error: Exception) -> int:
     """Print one line that names the fault and the way out; the exit code it deserves."""
     if hasattr(error, "format_message"):  # what typer raises for a wrong command line
         return _explain_usage(error)
-    if isinstance(error, typer.Abort):
-        return _say("interrupted; nothing is lost, the same command goes on", INTERRUPTED)
     if isinstance(error, EvomergeError):
         return _say(str(error), USER if isinstance(error, UserError) else OURS)
     if isinstance(error, OSError) and error.filename:

@@ -31,7 +31,10 @@ def build(
 
 
 def build_with_bar(directory: Path, seed: int) -> ZooPaths:
-    """Build a zoo, with a progress bar and the time left on standard error."""
+    """Build a zoo, with a progress bar and the time left on standard error.
+
+    Raises typer.Exit(130) when it was interrupted, after saying how to go on.
+    """
     from evomerge.zoo.build import build_zoo
 
     with progress_bar() as bar:
@@ -40,4 +43,9 @@ def build_with_bar(directory: Path, seed: int) -> ZooPaths:
         def show(progress: ZooProgress) -> None:
             bar.update(task, description=progress.stage, completed=progress.fraction)
 
-        return build_zoo(directory, seed=seed, progress=show)
+        try:
+            return build_zoo(directory, seed=seed, progress=show)
+        except KeyboardInterrupt:
+            bar.stop()
+            typer.echo("stopped; finished models are kept. To go on: the same command", err=True)
+            raise typer.Exit(130) from None

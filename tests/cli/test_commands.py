@@ -223,6 +223,19 @@ def test_a_mean_over_tasks_turns_the_sign_where_less_is_better() -> None:
     assert found == {"sort": 0.5, "text": 9.0, "mean": (3 * 0.5 - 9.0) / 4}
 
 
+@pytest.mark.parametrize("command", [["zoo", "build", "zoo"], ["demo"]], ids=" ".join)
+def test_training_that_is_interrupted_says_how_to_go_on(
+    call: Any, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evomerge.zoo.build.build_zoo", interrupted)
+    code, out, err = call(*command)
+    assert (code, out) == (130, "")
+    assert "To go on: the same command\n" in err
+
+
 def test_report_page(call: Any) -> None:
     code, out, err = call("report", "zoo-ties", "-o", "page.html")
     assert (code, out, err) == (0, "", "wrote page.html\n")
