@@ -18,6 +18,10 @@ class WorkerActor:
     def __init__(self) -> None:
         self._worker = Worker()
 
+    def ready(self) -> str:
+        """The worker's name: an answer says that the cluster had room for the actor."""
+        return self._worker.name
+
     def inspect(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         """What the worker finds, or why it refuses; see `evomerge.service.wire`."""
         return answer_inspection(self._worker.inspect, spec)

@@ -53,7 +53,9 @@ class RayExecutor:
         """See Executor.inspect."""
         slot = self._slots[0] if self._slots else self._start()
         try:
-            return read_inspection(ray.get(slot.actor.inspect.remote(dict(spec)), timeout=_BOOT_S))
+            ray.get(slot.actor.ready.remote(), timeout=_BOOT_S)
+            # reads every byte of every checkpoint: no limit on that
+            return read_inspection(ray.get(slot.actor.inspect.remote(dict(spec))))
         except GetTimeoutError:
             raise InfrastructureError(_no_room(self._workers)) from None
         except RayError as error:
