@@ -311,6 +311,18 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (weightless_is_absent, {}),
             (neutral_is_source, {"lambda": 1.0, "weight": 1.0}),
         ),
+        "pcb": _obeyed(
+            (zero_scale_is_base, {"lambda": 0.0}),
+            (zero_scale_is_base, {"weight": 0.0}),
+            (zero_scale_is_base, {"ratio": 0.0}),
+            (untrained_is_base, {}),
+            (weightless_is_absent, {}),
+        ),
+        "widen": _obeyed(
+            *_TASK_VECTORS,
+            (weightless_is_absent, {}),
+            (neutral_is_source, {"lambda": 1.0, "weight": 1.0, "calibration": 1.0}),
+        ),
         "slerp": (
             (neutral_is_source, {"t": 1.0}),
             (untrained_is_base, {}),

@@ -24,10 +24,12 @@ from evomerge.merging.methods.model_stock import ModelStock
 from evomerge.merging.methods.multislerp import MultiSlerp
 from evomerge.merging.methods.nearswap import NearSwap
 from evomerge.merging.methods.nuslerp import NuSlerp
+from evomerge.merging.methods.pcb import Pcb
 from evomerge.merging.methods.slerp import Slerp
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
 from evomerge.merging.methods.ties import Ties
 from evomerge.merging.methods.tsv_m import TsvM
+from evomerge.merging.methods.widen import Widen
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.values import Scalar, Value, leaves, normalise, resolve
 from evomerge.spec import nearest
@@ -52,6 +54,8 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             IsoC(),
             IsoCts(),
             TsvM(),
+            Pcb(),
+            Widen(),
         )
     }
 )
