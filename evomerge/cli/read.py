@@ -81,6 +81,10 @@ def best(
     export: Annotated[
         Path | None, typer.Option("--export", metavar="DIR", help="Write the winner's checkpoint.")
     ] = None,
+    mergekit: Annotated[
+        Path | None,
+        typer.Option("--mergekit", metavar="FILE", help="Write the winner as mergekit's YAML."),
+    ] = None,
     store: Store = DEFAULT_STORE,
     json: AsJson = False,
 ) -> None:
@@ -97,6 +101,8 @@ def best(
     recipe = _located(candidate.trial, record)
     if export is not None:
         export_recipe(recipe, export)
+    if mergekit is not None:
+        _write_mergekit(recipe, mergekit)
     if json:
         document = {**candidate.to_full_json(), "recipe": recipe.to_json()}
         print_json({**document, "final": found.finished})
@@ -235,3 +241,19 @@ def _located(trial: Trial, record: StudyRecord) -> Recipe:
 
     places = {digest: path for path, digest in record.inspection["digests"].items()}
     return Recipe.from_json(trial.recipe).located(places)
+
+
+def _write_mergekit(recipe: Recipe, file: Path) -> None:
+    import yaml
+
+    from evomerge.checkpoints.checkpoint import Checkpoint
+    from evomerge.merging.mergekit_write import write_mergekit
+
+    anchor = Checkpoint.open((recipe.base or recipe.sources[0].model).path)
+    stored = str(anchor.dtype(anchor.names[0])).removeprefix("torch.")
+    document = write_mergekit(recipe, anchor.names, dtype=stored)
+    try:
+        file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    typer.echo(f"wrote {file}", err=True)

@@ -18,8 +18,8 @@ REQUIRED = object()
 class MergekitMethod:
     """Parameters by name with their defaults: `source` each model's, `recipe` the merge's.
 
-    `unused` are read without effect. `base` says what `base_model` is: the start of the task
-    vectors, one of the merged models, or not needed.
+    `unused` may be given and have no effect, here or in mergekit. `base` says what `base_model`
+    is: the `start` of the task vectors, the `first` of two models, or one more `model`.
     """
 
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -41,8 +41,11 @@ METHODS: Mapping[str, MergekitMethod] = {
     "nuslerp": MergekitMethod(
         {"weight": REQUIRED}, {"nuslerp_flatten": True, "nuslerp_row_wise": False}
     ),
-    "multislerp": MergekitMethod({"weight": REQUIRED}, {"normalize_weights": True, "eps": 1e-8}),
-    "karcher": MergekitMethod(recipe={"max_iter": 10.0, "tol": 1e-5}, base="model"),
+    "multislerp": MergekitMethod(
+        {"weight": REQUIRED}, {"normalize_weights": True}, unused=("int8_mask", "eps")
+    ),
+    # ours iterates until it converges
+    "karcher": MergekitMethod(unused=("int8_mask", "max_iter", "tol"), base="model"),
     "task_arithmetic": MergekitMethod(
         {"weight": REQUIRED},
         {"normalize": False, "lambda": 1.0},
@@ -64,15 +67,34 @@ METHODS: Mapping[str, MergekitMethod] = {
     "passthrough": MergekitMethod({"scale": 1.0}, base="model"),
 }
 
-DECIDED: Mapping[str, str] = {
+DECIDED: Mapping[str, str | float] = {
     "scope": "tensor",
     "ties_at_threshold": "exact",
     "sign_tie": "positive",
     "aggregate": "mean",
+    "cosine": "free",
+    "uniform_below": 1e-6,
 }
 """Parameters of ours that mergekit does not have, and the value under which we do what it does."""
 
-CHOICES: Mapping[tuple[str, bool], str] = {("rescale", True): "l1", ("rescale", False): "none"}
+RENAMED: Mapping[str, str] = {
+    "select_topk": "density",
+    "normalize_weights": "normalize",
+    "filter_wise": "vectors",
+    "nuslerp_flatten": "vectors",
+    "nuslerp_row_wise": "vectors",
+}
+"""Our names of parameters that mergekit calls otherwise."""
+
+CHOICES: Mapping[tuple[str, bool], str] = {
+    ("rescale", True): "l1",
+    ("rescale", False): "none",
+    ("filter_wise", True): "row",
+    ("filter_wise", False): "tensor",
+    ("nuslerp_flatten", True): "tensor",
+    ("nuslerp_flatten", False): "row",
+    ("nuslerp_row_wise", True): "column",
+}
 """What a switch of mergekit's is called where ours is a choice."""
 
 

@@ -15,6 +15,7 @@ from evomerge.merging.mergekit_methods import (
     CHOICES,
     DECIDED,
     METHODS,
+    RENAMED,
     REQUIRED,
     MergekitMethod,
     is_mergekit,
@@ -86,23 +87,32 @@ class _Reader:
             }
             for model in models
         }
-        shared = {
-            name: value
-            for name in self._method.recipe
-            if (value := self._value(name, None)) is not None
-        }
-        shared |= {
-            name: value
-            for name, value in DECIDED.items()
-            if name in self._ours and value in self._ours[name].choices
-        }
         return Recipe(
             method=self._name,
             base=ModelRef(self._base) if self._base else None,
             sources=tuple(Source(names[m], ModelRef(m), own[names[m]]) for m in models),
-            parameters=shared,
+            parameters=self._shared(),
             dtype=self._document.get("out_dtype") or self._document.get("dtype"),
         )
+
+    def _shared(self) -> dict[str, Value]:
+        """The merge's own parameters, with those that mergekit decides for its user."""
+        shared: dict[str, Value] = {}
+        for name in self._method.recipe:
+            value = self._value(name, None)
+            without_effect = name == "nuslerp_row_wise" and (
+                value is False or shared.get("vectors") == "tensor"
+            )
+            if value is not None and not without_effect:
+                shared[RENAMED.get(name, name)] = value
+        for name, decided in DECIDED.items():
+            ours = self._ours.get(name)
+            if ours is not None and (not ours.choices or decided in ours.choices):
+                shared[name] = decided
+        if "origin" in self._ours:
+            start = self._base is not None and self._method.base == "start"
+            shared["origin"] = "base" if start else "zero"
+        return shared
 
     def _models(self) -> list[str]:
         """The merged models in the order of the recipe."""
@@ -206,7 +216,7 @@ class _Reader:
 
     def _converted(self, name: str, value: Value, default: Any) -> Value:
         """The value as our parameter of that name takes it; None if it is ours by default."""
-        parameter = self._ours.get(name)
+        parameter = self._ours.get(RENAMED.get(name, name))
         if parameter is not None:
             return _as_kind(name, value, parameter, self._faults)
         if value != default:

@@ -9,9 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_llama import save
+from stored import store_study
 
 from evomerge.cli.main import main as command_line
 from evomerge.cli.running import load_spec
+from evomerge.merging.layout import layout
+from evomerge.merging.methods.registry import coefficients
+from evomerge.merging.recipe import ModelRef, Recipe, Source, load_recipe
+from evomerge.store.sql import SqlStore
 
 MERGE = """
 models:
@@ -72,6 +77,26 @@ def test_run_takes_mergekit_evolves_file(models: Path, capsys: pytest.CaptureFix
     assert (spec.name, spec.base) == ("evolve", str(models / "base"))
     assert spec.objective.tasks[0].metric == "acc,none"
     assert "evolve.yml: limit: 100 is not used" in capsys.readouterr().err
+
+
+def test_best_writes_mergekits_file(
+    models: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tuple(
+        Source(name, ModelRef(str(models / name)), {"weight": [0.2, 0.8]}) for name in ("a", "b")
+    )
+    recipe = Recipe("task_arithmetic", ModelRef(str(models / "base")), sources)
+    url = f"sqlite:///{tmp_path}/store.db"
+    store_study(SqlStore(url))
+    monkeypatch.setattr(Recipe, "from_json", lambda document: recipe)  # models that are there
+    file = tmp_path / "winner.yml"
+    assert call(["best", "zoo-ties", "--store", url, "--mergekit", str(file)]) == 0
+    monkeypatch.undo()
+    again = load_recipe(file)
+    places = layout(["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"])
+    for place in places.values():
+        assert coefficients(again, place, (1,)) == coefficients(recipe, place, (1,))
+    assert again.dtype == "float32"
 
 
 def test_merge_refuses_a_genome(

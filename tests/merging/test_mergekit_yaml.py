@@ -117,6 +117,32 @@ def test_the_defaults_of_a_method(method: str, expected: dict[str, Any], read: A
     assert recipe.parameters == expected
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "expected"),
+    [
+        ("nuslerp", "{}", {"vectors": "tensor", "origin": "base"}),
+        ("nuslerp", "{nuslerp_flatten: false}", {"vectors": "row", "origin": "base"}),
+        (
+            "nuslerp",
+            "{nuslerp_flatten: false, nuslerp_row_wise: true}",
+            {"vectors": "column", "origin": "base"},
+        ),
+        ("nuslerp", "{nuslerp_row_wise: true}", {"vectors": "tensor", "origin": "base"}),
+        ("multislerp", "{eps: 1e-9}", {"normalize": True, "origin": "base"}),
+        ("karcher", "{max_iter: 20}", {"origin": "zero"}),
+        ("model_stock", "{filter_wise: true}", {"vectors": "row", "cosine": "free"}),
+    ],
+)
+def test_parameters_that_have_another_name_here(
+    method: str, given: str, expected: dict[str, Any], read: Any
+) -> None:
+    weights = "" if method in ("karcher", "model_stock") else ", parameters: {weight: 0.5}"
+    models = f"models: [{{model: a{weights}}}, {{model: b{weights}}}]"
+    recipe = read(f"{models}\nparameters: {given}\n{TO_BASE}{method}")
+    assert recipe.parameters == expected
+    assert len(recipe.sources) == (3 if method == "karcher" else 2)
+
+
 def test_switches(read: Any) -> None:
     text = (
         "models: [{model: a, parameters: {weight: 1}}]\nparameters: {normalize: 1, rescale: %s}\n"
