@@ -106,6 +106,8 @@ CASES = {
     "sce": f"models: [{{model: a}}, {{model: b}}]\n{TO_BASE}sce\nparameters: {{select_topk: 0.6}}",
     "breadcrumbs": f"{WEIGHTED}\n{TO_BASE}breadcrumbs\nparameters: {{density: 0.7, gamma: 0.05}}",
     "breadcrumbs_ties": f"{WEIGHTED}\n{TO_BASE}breadcrumbs_ties\nparameters: {{density: 0.7}}",
+    "arcee_fusion": f"models: [{{model: a}}]\n{TO_BASE}arcee_fusion",
+    "ram": f"models: [{{model: a}}, {{model: b}}]\n{TO_BASE}ram\nparameters: {{epsilon: 0.0003}}",
     "dare_linear, density 1": f"{WEIGHTED}\n{TO_BASE}dare_linear\nparameters: {{density: 1}}",
     "dare_ties, density 1": f"{WEIGHTED}\n{TO_BASE}dare_ties\nparameters: {{lambda: 0.9}}",
 }

@@ -20,12 +20,14 @@ class MergekitMethod:
 
     `unused` may be given and have no effect, here or in mergekit. `base` says what `base_model`
     is: the `start` of the task vectors, the `first` of two models, or one more `model`.
+    `ours` is the name of our method where it is another.
     """
 
     source: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ("int8_mask",)
     base: str = "start"
+    ours: str | None = None
 
 
 def _task_vectors(*, normalize: bool, rescale: bool, **source: float) -> MergekitMethod:
@@ -60,7 +62,7 @@ METHODS: Mapping[str, MergekitMethod] = {
     "della_linear": _task_vectors(normalize=False, rescale=True, epsilon=0.15),
     "sce": MergekitMethod(recipe={"select_topk": 1.0}),
     "ram": MergekitMethod(recipe={"epsilon": 1e-5}),
-    "ramplus_tl": MergekitMethod(recipe={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
+    "ramplus_tl": MergekitMethod(recipe={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}, ours="ram"),
     "model_stock": MergekitMethod(recipe={"filter_wise": False}),
     "nearswap": MergekitMethod(recipe={"t": REQUIRED}),
     "arcee_fusion": MergekitMethod(),

@@ -70,7 +70,8 @@ class _Reader:
     ) -> None:
         self._document, self._slices, self._faults = document, slices, faults
         self._name, self._method = document["merge_method"], method
-        self._ours = {p.name: p for p in registry.get(self._name).parameters}
+        self._method_here = method.ours or self._name
+        self._ours = {p.name: p for p in registry.get(self._method_here).parameters}
         base = document.get("base_model") or slices[0].base
         self._base = None if base is None else read_model("base_model", base, folder, faults)
 
@@ -88,7 +89,7 @@ class _Reader:
             for model in models
         }
         return Recipe(
-            method=self._name,
+            method=self._method_here,
             base=ModelRef(self._base) if self._base else None,
             sources=tuple(Source(names[m], ModelRef(m), own[names[m]]) for m in models),
             parameters=self._shared(),
@@ -232,12 +233,12 @@ def _method(document: Mapping[str, Any], faults: list[str]) -> MergekitMethod | 
         faults.append(f"merge_method: unknown {name!r}{nearest(name, METHODS)}")
     elif name not in METHODS:
         faults.append(f"merge_method: {name!r} is not one of mergekit's; write a recipe of ours")
-    elif name not in registry.METHODS:
-        known = ", ".join(sorted(set(METHODS) & set(registry.METHODS)))
+    elif (METHODS[name].ours or name) not in registry.METHODS:
+        known = ", ".join(n for n in sorted(METHODS) if (METHODS[n].ours or n) in registry.METHODS)
         faults.append(f"merge_method: {name!r} is not supported; supported: {known}")
     else:
         method = METHODS[name]
-        if method.base == "start" and registry.METHODS[name].needs_base:
+        if method.base == "start" and registry.METHODS[method.ours or name].needs_base:
             needs = document.get("slices") is None and document.get("base_model") is None
             faults += ["base_model: missing; task vectors start from it"] if needs else []
         return method

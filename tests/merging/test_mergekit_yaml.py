@@ -15,6 +15,8 @@ import yaml
 
 from evomerge.errors import SpecError
 from evomerge.merging.layout import layout
+from evomerge.merging.mergekit_methods import METHODS
+from evomerge.merging.methods import registry
 from evomerge.merging.methods.registry import coefficients
 from evomerge.merging.recipe import Recipe, load_recipe
 
@@ -28,6 +30,7 @@ NAMES = (
     "model.norm.weight",
     "lm_head.weight",
 )
+POSITIVE = {"sign_tie": "positive"}
 TO_BASE = "base_model: base\ndtype: float32\nmerge_method: "
 
 
@@ -130,13 +133,18 @@ def test_the_defaults_of_a_method(method: str, expected: dict[str, Any], read: A
         ("nuslerp", "{nuslerp_row_wise: true}", {"vectors": "tensor", "origin": "base"}),
         ("multislerp", "{eps: 1e-9}", {"normalize": True, "origin": "base"}),
         ("karcher", "{max_iter: 20}", {"origin": "zero"}),
+        ("ramplus_tl", "{r: 0.3}", {"r": 0.3, "alpha": 0.2, "epsilon": 1e-5}),
+        ("sce", "{select_topk: 0.6}", {"density": 0.6, **POSITIVE, "uniform_below": 1e-6}),
         ("model_stock", "{filter_wise: true}", {"vectors": "row", "cosine": "free"}),
     ],
 )
 def test_parameters_that_have_another_name_here(
     method: str, given: str, expected: dict[str, Any], read: Any
 ) -> None:
-    weights = "" if method in ("karcher", "model_stock") else ", parameters: {weight: 0.5}"
+    if (METHODS[method].ours or method) not in registry.METHODS:
+        pytest.skip(f"no {method} here")
+    weighted = METHODS[method].source
+    weights = ", parameters: {weight: 0.5}" if weighted else ""
     models = f"models: [{{model: a{weights}}}, {{model: b{weights}}}]"
     recipe = read(f"{models}\nparameters: {given}\n{TO_BASE}{method}")
     assert recipe.parameters == expected
