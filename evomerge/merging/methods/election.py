@@ -109,9 +109,27 @@ def consensus(
     Source: Yadav et al. 2023, arXiv:2306.01708, sec. 3, who have no weights; weights enter the
     vote and the mean as in mergekit.
     """
+    elected = elect(votes, tie)
+    return agreement(votes, weights, elected, aggregate=aggregate, normalize=normalize)
+
+
+def elect(votes: Sequence[Tensor], tie: int) -> Tensor:
+    """γ = sign(Σᵢ vᵢ), `tie` where the sum is 0. Shapes: votes s times [n]; returns [n]."""
     elected = signs(votes)
     if tie:
         elected += (1 - elected.abs()) * tie
+    return elected
+
+
+def agreement(
+    votes: Sequence[Tensor],
+    weights: Sequence[float],
+    elected: Tensor,
+    *,
+    aggregate: str = "mean",
+    normalize: bool = True,
+) -> Tensor:
+    """What `consensus` does once the signs γ are elected. Shapes: elected [n]; returns [n]."""
     agreeing = [_agreeing(vote, elected) for vote in votes]
     if aggregate == "max":
         return _largest(agreeing).mul_(elected)

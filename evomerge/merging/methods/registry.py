@@ -11,11 +11,16 @@ from types import MappingProxyType
 
 from evomerge.errors import MergeError
 from evomerge.merging.layout import Place
+from evomerge.merging.methods.arcee_fusion import ArceeFusion
 from evomerge.merging.methods.base import Coefficients, MergeMethod, Parameter
+from evomerge.merging.methods.breadcrumbs import Breadcrumbs
+from evomerge.merging.methods.breadcrumbs_ties import BreadcrumbsTies
 from evomerge.merging.methods.consensus import Consensus
 from evomerge.merging.methods.consensus_ties import ConsensusTies
 from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
+from evomerge.merging.methods.della import Della
+from evomerge.merging.methods.della_linear import DellaLinear
 from evomerge.merging.methods.iso_c import IsoC
 from evomerge.merging.methods.iso_cts import IsoCts
 from evomerge.merging.methods.karcher import Karcher
@@ -25,6 +30,8 @@ from evomerge.merging.methods.multislerp import MultiSlerp
 from evomerge.merging.methods.nearswap import NearSwap
 from evomerge.merging.methods.nuslerp import NuSlerp
 from evomerge.merging.methods.pcb import Pcb
+from evomerge.merging.methods.ram import Ram
+from evomerge.merging.methods.sce import Sce
 from evomerge.merging.methods.slerp import Slerp
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
 from evomerge.merging.methods.ties import Ties
@@ -49,6 +56,13 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             Karcher(),
             ModelStock(),
             NearSwap(),
+            Sce(),
+            Breadcrumbs(),
+            BreadcrumbsTies(),
+            Della(),
+            DellaLinear(),
+            Ram(),
+            ArceeFusion(),
             Consensus(),
             ConsensusTies(),
             IsoC(),

@@ -8,7 +8,7 @@ whatever the blocks. Knows nothing of merging: rows come in under keys, cuts for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -100,6 +100,30 @@ def cuts(rows: Rows, quotas: Mapping[Key, Quota]) -> dict[Key, Cut]:
         if not quotas[key].all_equal and needed < int(histograms[key][low[key]]):
             pending[key] = (pattern, needed)
     return found | _located(rows, pending)
+
+
+def order_statistics(stream: Callable[[], Iterator[Tensor]], ranks: Sequence[int]) -> list[float]:
+    """The values of these ranks (0 is the smallest) of a vector of float32 that are not negative.
+
+    `stream` yields the vector piece by piece and is called twice.
+    """
+    upper = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
+    for piece in stream():
+        upper += torch.bincount(_patterns(piece) >> _LOW_BITS, minlength=1 << _LOW_BITS)
+    below = upper.cumsum(0)
+    highs = [int(torch.searchsorted(below, rank, right=True)) for rank in ranks]
+    lower = {high: torch.zeros(1 << _LOW_BITS, dtype=torch.int64) for high in highs}
+    for piece in stream():
+        patterns = _patterns(piece)
+        for high, histogram in lower.items():
+            digits = patterns[(patterns >> _LOW_BITS) == high].bitwise_and_((1 << _LOW_BITS) - 1)
+            histogram += torch.bincount(digits, minlength=1 << _LOW_BITS)
+    found = []
+    for rank, high in zip(ranks, highs, strict=True):
+        rest = rank - (int(below[high - 1]) if high else 0)
+        low = int(torch.searchsorted(lower[high].cumsum(0), rest, right=True))
+        found.append((high << _LOW_BITS) | low)
+    return [float(value) for value in torch.tensor(found, dtype=torch.int32).view(torch.float32)]
 
 
 def _patterns(tau: Tensor) -> Tensor:
