@@ -33,7 +33,7 @@ def iso_c(total: Tensor, *, tolerance: float = NO_DIRECTION) -> Tensor:
 
     Shapes: total Δ [m, n] float64; ε is `tolerance`; returns σ̄·U·V [m, n] float64. λ is applied in
     float64 too, then the task vector is rounded to float32 and added to the base in float32. The
-    whole matrix is held in memory: about four copies of it in float64.
+    whole matrix is held in memory: about seven copies of it in float64.
     With λ = 0 or without a weight the result is the base bit for bit. A single source is not its
     own merge: its spectrum is flattened as well. The nuclear norm of λ·Δ is kept.
 

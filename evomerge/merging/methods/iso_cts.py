@@ -42,7 +42,7 @@ def iso_cts(
 
     Shapes: total Δ [m, n], taus vᵢ N times [m, n], all float64, N is `count`; returns σ̄·U*·V*
     [m, n] float64. λ is applied in float64 too, then the task vector is rounded to float32 and
-    added to the base in float32. Whole matrices are held in memory: about six in float64.
+    added to the base in float32. Whole matrices are held in memory: about 15 in float64.
     With λ = 0 or without a weight the result is the base bit for bit; f = 1 is Iso-C. Halves round
     to even.
 

@@ -37,7 +37,7 @@ def tsv_m(
 
     Shapes: taus N times [m, n] float64, weights [N]; returns the task vector [m, n] float64, before
     λ. λ is applied in float64 too, then the task vector is rounded to float32 and added to the base
-    in float32. Whole matrices are held in memory: about five in float64.
+    in float32. Whole matrices are held in memory: about 14 in float64.
     With λ = 0 or without a weight the result is the base bit for bit; a lone source of λ·w = 1 is
     returned bit for bit. If N does not divide r, r mod N directions are lost.
 
