@@ -135,14 +135,15 @@ def _by_row(blocks: Blocks, coefficients: Coefficients, t: float) -> Factors:
 def _by_column(blocks: Blocks, coefficients: Coefficients, t: float) -> Factors:
     """Columns run along the first axis; all other axes count columns."""
     width = math.prod(coefficients.shape[1:])
-    sums = torch.zeros(3, width, dtype=torch.float64)
+    sums: Tensor | float = 0.0
     for rows in row_segments(blocks, width):
         products = gram(vectors(rows, coefficients)).view(3, -1, width)
-        sums += pairwise_sum(products.transpose(1, 2))
+        sums = pairwise_sum(products.transpose(1, 2)) + sums
+    assert isinstance(sums, Tensor)
     factors = torch.stack(arcs(t, sums)).float()
 
     def at(start: int, count: int) -> tuple[Tensor, Tensor]:
-        columns = torch.arange(start, start + count).remainder_(width)
+        columns = torch.arange(start, start + count, device=factors.device).remainder_(width)
         near, far = factors[:, columns]
         return near, far
 

@@ -87,7 +87,7 @@ class Ram(MergeMethod):
             return [1.0] * len(coefficients.names)
         counts = torch.zeros(2, len(coefficients.names), dtype=torch.int64)
         for block in blocks():
-            counts += _counts(block, coefficients.number("epsilon"))
+            counts += _counts(block, coefficients.number("epsilon")).cpu()
         shared, lone = counts.tolist()
         return [1 + r * min(s / max(n, 1), alpha) for s, n in zip(shared, lone, strict=True)]
 

@@ -112,7 +112,8 @@ def _probabilities(tau: Tensor, rule: _Rule) -> Tensor:
         return torch.full_like(tau, rule.density, dtype=torch.float64)
     order = tau.abs().sort(dim=1, stable=True).indices
     step = 2 * rule.epsilon / (width - 1)
-    ladder = torch.arange(width, dtype=torch.float64) * step + (rule.density - rule.epsilon)
+    ladder = torch.arange(width, dtype=torch.float64, device=tau.device) * step
+    ladder += rule.density - rule.epsilon
     keep = torch.empty_like(tau, dtype=torch.float64)
     return keep.scatter_(1, order, ladder.expand_as(keep))
 

@@ -159,9 +159,12 @@ def _model_faults(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
 
 def _choices_without_base(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
     for parameter in method.parameters:
-        value = recipe.parameters.get(parameter.name, parameter.default)
+        try:
+            values = leaves(normalise(recipe.parameters.get(parameter.name, parameter.default)))
+        except ValueError:
+            continue  # malformed; `_faults` says so
         for choice in parameter.base_choices:
-            if choice in str(value):
+            if choice in values:
                 yield f"parameters.{parameter.name}: {choice!r} needs a `base`"
 
 

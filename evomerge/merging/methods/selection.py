@@ -109,7 +109,7 @@ def order_statistics(stream: Callable[[], Iterator[Tensor]], ranks: Sequence[int
     """
     upper = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
     for piece in stream():
-        upper += torch.bincount(_patterns(piece) >> _LOW_BITS, minlength=1 << _LOW_BITS)
+        upper += torch.bincount(_patterns(piece) >> _LOW_BITS, minlength=1 << _LOW_BITS).cpu()
     below = upper.cumsum(0)
     highs = [int(torch.searchsorted(below, rank, right=True)) for rank in ranks]
     lower = {high: torch.zeros(1 << _LOW_BITS, dtype=torch.int64) for high in highs}
@@ -117,7 +117,7 @@ def order_statistics(stream: Callable[[], Iterator[Tensor]], ranks: Sequence[int
         patterns = _patterns(piece)
         for high, histogram in lower.items():
             digits = patterns[(patterns >> _LOW_BITS) == high].bitwise_and_((1 << _LOW_BITS) - 1)
-            histogram += torch.bincount(digits, minlength=1 << _LOW_BITS)
+            histogram += torch.bincount(digits, minlength=1 << _LOW_BITS).cpu()
     found = []
     for rank, high in zip(ranks, highs, strict=True):
         rest = rank - (int(below[high - 1]) if high else 0)

@@ -58,6 +58,10 @@ def some_sources(name: str) -> dict[str, dict[str, Any]]:
             recipe("slerp", sources={"a": {}, "b": {}, "c": {}}),
             "slerp merges exactly 2 sources, the recipe has 3",
         ),
+        (
+            recipe("nuslerp", base=None, parameters={"origin": "base"}),
+            "parameters.origin: 'base' needs a `base`",
+        ),
         (recipe("linear", sources={}), "linear merges at least 1 source, the recipe has 0"),
         (
             recipe(parameters={"densty": 0.5}),
