@@ -113,7 +113,7 @@ class Workers(_Section):
     count: int = Field(default=1, ge=1)
     num_cpus: int = Field(default=1, ge=1)
     num_gpus: float = Field(default=0, ge=0)
-    lease_s: float = Field(default=900, gt=0)
+    lease_s: float = Field(default=3600, gt=0)
     max_attempts: int = Field(default=3, ge=1)
 
 

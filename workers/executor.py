@@ -27,15 +27,17 @@ _BOOT_S = 300.0
 
 @dataclass
 class _Slot:
-    """An actor, and the job it runs."""
+    """An actor and the job it runs; `pending` until the cluster has placed it."""
 
     actor: Any
+    pending: Any  # the ref of its first answer, None once that came
     token: str | None = None
 
 
 class RayExecutor:
-    """Runs up to `workers.count` actors.
+    """Runs up to `workers.count` actors, as many of them as the cluster has room for.
 
+    While there are fewer, one more is always asked for: it starts to work when there is room.
     Joins the cluster of RAY_ADDRESS, else starts a local Ray that ends with the executor. Raises
     UserError where the cluster cannot be joined.
     """
@@ -53,7 +55,8 @@ class RayExecutor:
         """See Executor.inspect."""
         slot = self._slots[0] if self._slots else self._start()
         try:
-            ray.get(slot.actor.ready.remote(), timeout=_BOOT_S)
+            ray.get(slot.pending or slot.actor.ready.remote(), timeout=_BOOT_S)
+            slot.pending = None
             # reads every byte of every checkpoint: no limit on that
             return read_inspection(ray.get(slot.actor.inspect.remote(dict(spec))))
         except GetTimeoutError:
@@ -68,12 +71,13 @@ class RayExecutor:
             slot.actor.prepare.remote(setup.to_json())
 
     def free(self) -> int:
-        """See Executor.free."""
-        return self._workers.count - len(self._running)
+        """See Executor.free. An actor counts once the cluster has placed it."""
+        self._grow()
+        return sum(slot.pending is None and slot.token is None for slot in self._slots)
 
     def submit(self, job: Job) -> None:
         """See Executor.submit."""
-        slot = next((slot for slot in self._slots if slot.token is None), None) or self._start()
+        slot = next(s for s in self._slots if s.pending is None and s.token is None)
         slot.token = job.token
         result = slot.actor.run.remote(job.token, dict(job.recipe), job.part)
         self._running[result] = slot
@@ -87,14 +91,14 @@ class RayExecutor:
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """See Executor.poll."""
-        if not self._running:
+        waiting = [*self._running, *(s.pending for s in self._slots if s.pending is not None)]
+        if not waiting:
             time.sleep(timeout_s)
             return []
-        waiting = list(self._running)
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         if ready:  # and whatever else is there by now
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        return [self._collect(result) for result in ready]
+        return [self._collect(result) for result in ready if result in self._running]
 
     def close(self, *, now: bool) -> None:
         """See Executor.close."""
@@ -105,6 +109,26 @@ class RayExecutor:
             self._end(slot)
         if self._owns_ray:
             ray.shutdown()
+
+    def _grow(self) -> None:
+        """See which actors the cluster has placed, and ask for one more if that is all of them."""
+        for slot in [slot for slot in self._slots if slot.pending is not None]:
+            self._settle(slot)
+        placed = all(slot.pending is None for slot in self._slots)
+        if placed and len(self._slots) < self._workers.count:
+            self._start()
+
+    def _settle(self, slot: _Slot) -> None:
+        if not ray.wait([slot.pending], timeout=0)[0]:
+            return
+        try:
+            ray.get(slot.pending)
+            slot.pending = None
+        except RayError as error:
+            self._end(slot)
+            if not self._slots:
+                reason = _one_line(error)
+                raise InfrastructureError(f"a Ray actor died while it started: {reason}") from None
 
     def _start(self) -> _Slot:
         threads = str(self._workers.num_cpus)
@@ -117,7 +141,8 @@ class RayExecutor:
             max_task_retries=0,
             runtime_env={"env_vars": environment},
         )
-        slot = _Slot(actor.remote())
+        started = actor.remote()
+        slot = _Slot(started, started.ready.remote())
         self._slots.append(slot)
         if self._setup is not None:
             slot.actor.prepare.remote(self._setup.to_json())

@@ -26,6 +26,17 @@ Progress = Callable[[float], None]
 
 # What may differ between two copies of one model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# Files beside config and weights that may change what a model answers.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 _CHUNK = 1 << 22
 
 
@@ -113,8 +124,8 @@ class Checkpoint:
     def scan(self, progress: Progress | None = None) -> Scan:
         """Read every byte once: digest of the contents, and tensors with NaN or infinity.
 
-        The digest is a SHA-256 of config, tokenizer and every tensor's name, dtype, shape and
-        bytes. How the weights are cut into shards, and where they lie, does not change it.
+        The digest is a SHA-256 of config, tokenizer, generation config and every tensor's name,
+        dtype, shape and bytes. How the weights are cut into shards, and where they lie, does not change it.
         """
         if "_scanned" not in self.__dict__:
             self._scanned = self._scan(progress or (lambda fraction: None))
@@ -141,10 +152,12 @@ class Checkpoint:
         return Scan(sha.hexdigest(), tuple(bad))
 
     def _preamble(self) -> bytes:
-        config = {key: value for key, value in self.config.items() if key not in _VOLATILE}
-        tokenizer = self.folder / "tokenizer.json"
-        contents = tokenizer.read_bytes() if tokenizer.exists() else b""
-        parts = (json.dumps(config, sort_keys=True).encode(), hashlib.sha256(contents).digest())
+        """Config and companions that are there, by name; what a mere re-save changes left out."""
+        parts = [_settled(self.config)]
+        for name in _COMPANIONS:
+            path = self.folder / name
+            if path.exists():
+                parts += [name.encode(), hashlib.sha256(_contents(path)).digest()]
         return b"\0".join(parts)
 
     def _equal(self, target: str, source: str) -> bool:
@@ -156,6 +169,20 @@ class Checkpoint:
             return True
         one, other = (self._files[name].get_tensor(name) for name in (target, source))
         return torch.equal(one, other)
+
+
+def _contents(path: Path) -> bytes:
+    if not path.name.endswith("_config.json"):
+        return path.read_bytes()
+    try:
+        return _settled(json.loads(path.read_bytes()))
+    except ValueError:
+        return path.read_bytes()
+
+
+def _settled(config: dict[str, Any]) -> bytes:
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    return json.dumps(kept, sort_keys=True).encode()
 
 
 def _cut(tensor: Tensor, size: int) -> Iterator[Tensor]:

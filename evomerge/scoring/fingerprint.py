@@ -20,9 +20,9 @@ _PACKAGES = ("lm_eval", "torch", "transformers")
 
 
 def scorer_fingerprint(
-    tasks: LoadedTasks, *, batch_size: int | str, dtype: str, device: str
+    tasks: LoadedTasks, *, batch_size: int | str, dtype: str, device: str, threads: int
 ) -> dict[str, Any]:
-    """JSON data: library versions, tasks, seeds, batch size, dtype and device type.
+    """JSON data: library versions, tasks, seeds, batch size, dtype, device type and threads.
 
     Needs no model, so that it is known before one is loaded; which attention a model takes follows
     from its config, the versions and the device.
@@ -36,6 +36,7 @@ def scorer_fingerprint(
         "batch_size": batch_size,
         "dtype": dtype,
         "device": device.partition(":")[0],
+        "threads": threads,
     }
 
 

@@ -36,7 +36,11 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
     base = models[spec.base]
     dtype = spec.evaluation.dtype if spec.evaluation.dtype != "auto" else _dtype(base)
     fingerprint = scorer_fingerprint(
-        tasks, batch_size=spec.evaluation.batch_size, dtype=dtype, device=device
+        tasks,
+        batch_size=spec.evaluation.batch_size,
+        dtype=dtype,
+        device=device,
+        threads=spec.workers.num_cpus,
     )
     return {
         "digests": {path: scan.digest for path, scan in scans.items()},

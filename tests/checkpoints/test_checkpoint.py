@@ -156,16 +156,33 @@ def test_an_unknown_tensor(whole: Path) -> None:
 
 
 def test_the_digest_is_the_sha256_of_the_contents(whole: Path) -> None:
+    def settled(name: str) -> bytes:
+        document = json.loads((whole / name).read_text())
+        for key in ("transformers_version", "dtype"):
+            document.pop(key, None)
+        return json.dumps(document, sort_keys=True).encode()
+
     checkpoint = Checkpoint.open(str(whole))
-    config = json.loads((whole / "config.json").read_text())
-    for key in ("transformers_version", "dtype"):
-        config.pop(key)
-    sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + b"\0")
-    sha.update(hashlib.sha256((whole / "tokenizer.json").read_bytes()).digest())
+    parts = [settled("config.json")]
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        contents = settled(name) if "_config" in name else (whole / name).read_bytes()
+        parts += [name.encode(), hashlib.sha256(contents).digest()]
+    sha = hashlib.sha256(b"\0".join(parts))
     for name, tensor in sorted(load_file(whole / "model.safetensors").items()):
         sha.update(f"{name}\0torch.bfloat16\0{list(tensor.shape)}\0".encode())
         sha.update(tensor.view(torch.int16).numpy().tobytes())
     assert checkpoint.digest() == sha.hexdigest()
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_the_digest_changes_with_what_changes_answers(single: Path, name: str) -> None:
+    before = Checkpoint.open(str(single)).digest()
+    document = json.loads((single / name).read_text()) if (single / name).exists() else {}
+    (single / name).write_text(json.dumps({**document, "transformers_version": "0"}))
+    resaved = Checkpoint.open(str(single)).digest()
+    (single / name).write_text(json.dumps({**document, "eos_token_id": 9, "eos_token": "z"}))
+    assert resaved == before
+    assert Checkpoint.open(str(single)).digest() != before
 
 
 @pytest.mark.parametrize("change", ["bit", "config", "tokenizer", "dtype"])

@@ -14,7 +14,7 @@ from evomerge.spec import Objective
 
 
 def digest(tasks: LoadedTasks, **changed: str | int) -> str:
-    options = {"batch_size": 8, "dtype": "float32", "device": "cpu"} | changed
+    options = {"batch_size": 8, "dtype": "float32", "device": "cpu", "threads": 1} | changed
     return fingerprint_digest(scorer_fingerprint(tasks, **options))  # type: ignore[arg-type]
 
 
@@ -31,6 +31,7 @@ def test_what_may_change_scores_changes_the_digest(exam: Exam) -> None:
         digest(tasks, batch_size=9),
         digest(tasks, dtype="bfloat16"),
         digest(tasks, device="cuda:1"),
+        digest(tasks, threads=2),
         digest(load(exam, "choice")),
         digest(load(exam, {"task": "choice", "metric": "acc_norm"})),
         digest(load(exam, "choice_shots", num_fewshot=1)),
