@@ -125,7 +125,8 @@ class Checkpoint:
         """Read every byte once: digest of the contents, and tensors with NaN or infinity.
 
         The digest is a SHA-256 of config, tokenizer, generation config and every tensor's name,
-        dtype, shape and bytes. How the weights are cut into shards, and where they lie, does not change it.
+        dtype, shape and bytes. How the weights are cut into shards, and where they lie, does not
+        change it.
         """
         if "_scanned" not in self.__dict__:
             self._scanned = self._scan(progress or (lambda fraction: None))
