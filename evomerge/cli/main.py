@@ -58,7 +58,7 @@ def main() -> None:
     verbose = any(flag in sys.argv[1:] for flag in ("-v", "--verbose"))
     arguments = [flag for flag in sys.argv[1:] if flag not in ("-v", "--verbose")]
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False, prog_name="evomerge")
     except Exception as error:
         if verbose:
             traceback.print_exc()
