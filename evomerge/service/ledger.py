@@ -95,6 +95,7 @@ class Ledger:
         seconds: Mapping[str, float],
     ) -> Trial:
         """Accept a result. Raises StaleAttempt for a token that is not live."""
+        now = self._clock()
         self._store.finish(
             self._study,
             token,
@@ -102,10 +103,11 @@ class Ledger:
             values,
             worker=worker,
             seconds=seconds,
-            now=self._clock(),
+            now=now,
             controller=self._controller,
         )
-        attempt = self._live.pop(token)
+        closed = {"worker": worker, "finished_at": now, "seconds": dict(seconds)}
+        attempt = self._close(token, state=State.COMPLETE, **closed)
         return self._scored(attempt.trial, attempt.part, score, values)
 
     def fail(
@@ -118,6 +120,7 @@ class Ledger:
         seconds: Mapping[str, float] | None = None,
     ) -> Trial:
         """Close an attempt as failed; for the search part the trial goes to `trial_state`."""
+        now = self._clock()
         self._store.fail_attempt(
             self._study,
             token,
@@ -125,10 +128,11 @@ class Ledger:
             trial_state=trial_state,
             worker=worker,
             seconds=seconds or {},
-            now=self._clock(),
+            now=now,
             controller=self._controller,
         )
-        attempt = self._live.pop(token)
+        closed = {"worker": worker, "finished_at": now, "seconds": dict(seconds or {})}
+        attempt = self._close(token, state=State.FAIL, failure=failure, **closed)
         if attempt.part != "search":
             return self._trials[attempt.trial]
         kept = failure if trial_state is State.FAIL else None
@@ -161,6 +165,13 @@ class Ledger:
         """Live attempts whose lease has run out."""
         now = self._clock()
         return [attempt for attempt in self._live.values() if attempt.lease_until < now]
+
+    def _close(self, token: str, **changes: Any) -> Attempt:
+        """Put a live attempt, as it ended, among its trial's attempts in the order of starts."""
+        attempt = replace(self._live.pop(token), **changes)
+        attempts = [*self._trials[attempt.trial].attempts, attempt]
+        self._change(attempt.trial, attempts=tuple(attempts))
+        return attempt
 
     def _scored(self, number: int, part: Part, score: Score, values: tuple[float, ...]) -> Trial:
         bare = Score({n: replace(task, outcomes=()) for n, task in score.tasks.items()})

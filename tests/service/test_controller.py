@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,7 +13,7 @@ from evomerge.service.executor import Job
 from evomerge.service.study import build_controller, controlling, open_study
 from evomerge.store.memory import MemoryStore
 from evomerge.testing.synthetic import SyntheticExecutor, synthetic_spec
-from evomerge.trial import Failure, State
+from evomerge.trial import Failure, State, Trial
 
 BASELINES = 1 + 2 + 1 + 10
 
@@ -226,3 +227,18 @@ def test_pareto_studies_score_their_whole_front(store: MemoryStore) -> None:
     assert {t.number for t in trials if "selection" in t.scores} == {
         t.number for t in trials if "report" in t.scores
     }
+
+
+def test_the_mirror_is_shown_trials_as_the_store_has_them(store: MemoryStore) -> None:
+    lost = Failure("WorkerLost", "killed")
+    shown: dict[int, Trial] = {}
+
+    class Recorder:
+        def sync(self, trials: Sequence[Trial]) -> int:
+            shown.update({trial.number: trial for trial in trials})
+            return len(trials)
+
+    spec = synthetic_spec()
+    executor = SyntheticExecutor(2, fault=lambda job, before: lost if before == 3 else None)
+    run_synthetic(spec, store, executor, make_mirror=lambda record, genes: Recorder())
+    assert [shown[n] for n in sorted(shown)] == list(store.trials(spec.name, outcomes=False))
