@@ -14,11 +14,13 @@ from typing import Any
 from evomerge.trial import Attempt, State, Trial
 
 Span = tuple[datetime, datetime]
+_OURS = "controller"  # spent beside attempts, not within one
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds. `phases` sums what workers measured (materialise, score, ...) over all attempts.
+    """Seconds. `phases` sums what workers measured (materialise, score, ...) over all attempts, and
+    `controller`, the controller's own time since the result before.
 
     `wall_s` runs from the first start to the last finish; `idle_s` is the part of it when no
     attempt was open: the controller between attempts, and any time the study was not running.
@@ -83,7 +85,7 @@ def _wall(spans: Sequence[Span]) -> float | None:
 
 def _overhead(attempts: Sequence[Attempt]) -> float:
     return math.fsum(
-        max(0.0, covered_s([span]) - math.fsum(a.seconds.values()))
+        max(0.0, covered_s([span]) - math.fsum(s for p, s in a.seconds.items() if p != _OURS))
         for a in attempts
         if (span := _span(a)) is not None
     )

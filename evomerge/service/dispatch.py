@@ -6,8 +6,9 @@ samplers, generations or who wins.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from evomerge.errors import StudyStopped
 from evomerge.service.executor import Event, Executor, Job
@@ -25,7 +26,14 @@ class Dispatcher:
     `given_up` holds the tasks that failed for good.
     """
 
-    def __init__(self, spec: StudySpec, ledger: Ledger, executor: Executor) -> None:
+    def __init__(
+        self,
+        spec: StudySpec,
+        ledger: Ledger,
+        executor: Executor,
+        *,
+        time_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._spec = spec
         self._ledger = ledger
         self._executor = executor
@@ -34,6 +42,9 @@ class Dispatcher:
         self._queue: deque[Task] = deque()
         self._failures: Counter[Task] = Counter()
         self.given_up: set[Task] = set()
+        self._time_s = time_s
+        self._working_since_s = time_s()  # when the last poll returned
+        self._controller_s = 0.0  # our own time that no attempt has been charged with yet
         self._works = False  # something succeeded since this process began or gave a task up
 
     @property
@@ -64,11 +75,18 @@ class Dispatcher:
         process began, or since the last task was given up for the same reason.
         """
         changed = self._dispatch()
-        for event in self._executor.poll(0.0 if self.idle else _POLL_S):
+        for event in self._poll():
             changed |= self._take(event)
         for attempt in self._ledger.lapsed():
             changed |= self._expire(attempt)
         return changed
+
+    def _poll(self) -> Sequence[Event]:
+        """Wait for events; whatever was not spent waiting was the controller's own time."""
+        self._controller_s += self._time_s() - self._working_since_s
+        events = self._executor.poll(0.0 if self.idle else _POLL_S)
+        self._working_since_s = self._time_s()
+        return events
 
     def _dispatch(self) -> bool:
         before = len(self._queue)
@@ -90,7 +108,8 @@ class Dispatcher:
             return False
         if event.score is not None:
             score = Score.from_json(event.score)
-            values, seconds = self._values(score), event.seconds
+            seconds = {**event.seconds, "controller": self._controller_s}
+            values, self._controller_s = self._values(score), 0.0
             self._ledger.finish(event.token, score, values, worker=event.worker, seconds=seconds)
             self._works = True
         elif event.failure is not None:

@@ -9,8 +9,11 @@ import pytest
 from run_synthetic import rows, run_synthetic
 
 from evomerge.errors import StudyBusy, StudyChanged, StudyStopped
-from evomerge.service.executor import Job
-from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.service.baselines import baselines
+from evomerge.service.dispatch import Dispatcher
+from evomerge.service.executor import Event, Job, Setup
+from evomerge.service.ledger import Ledger
+from evomerge.service.study import Models, build_controller, controlling, open_study
 from evomerge.store.memory import MemoryStore
 from evomerge.testing.synthetic import SyntheticExecutor, synthetic_spec
 from evomerge.trial import Failure, State, Trial
@@ -242,3 +245,31 @@ def test_the_mirror_is_shown_trials_as_the_store_has_them(store: MemoryStore) ->
     executor = SyntheticExecutor(2, fault=lambda job, before: lost if before == 3 else None)
     run_synthetic(spec, store, executor, make_mirror=lambda record, genes: Recorder())
     assert [shown[n] for n in sorted(shown)] == list(store.trials(spec.name, outcomes=False))
+
+
+def test_the_controllers_own_time_is_recorded_and_waiting_is_not(store: MemoryStore) -> None:
+    spec = synthetic_spec()
+    clock_s = 0.0
+
+    class Slow(SyntheticExecutor):
+        def poll(self, timeout_s: float) -> Sequence[Event]:
+            nonlocal clock_s
+            clock_s += 100.0  # waiting for workers
+            return super().poll(timeout_s)
+
+        def submit(self, job: Job) -> None:
+            nonlocal clock_s
+            clock_s += 1.0  # the controller's own work
+            super().submit(job)
+
+    executor = Slow(2)
+    record = open_study(spec, store, executor)
+    with controlling(record, store) as token:
+        ledger = Ledger(store, record, token)
+        ledger.create(baselines(Models.of(record).base, {}, None)[:1])
+        executor.prepare(Setup(record.spec, record.inspection["digests"], "float32"))
+        dispatcher = Dispatcher(spec, ledger, executor, time_s=lambda: clock_s)
+        dispatcher.enqueue([(0, "search")])
+        while not dispatcher.idle:
+            dispatcher.step()
+    assert store.trial(spec.name, 0).attempts[0].seconds["controller"] == 1.0
