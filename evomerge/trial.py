@@ -51,6 +51,11 @@ class TaskScore:
     higher_is_better: bool = True
     outcomes: tuple[float, ...] = ()
 
+    @property
+    def merit(self) -> float:
+        """The value with the sign that makes more better."""
+        return self.value if self.higher_is_better else -self.value
+
 
 @dataclass(frozen=True)
 class Score:
@@ -63,15 +68,8 @@ class Score:
 
         A metric where lower is better enters with its sign turned.
         """
-        signed = [
-            task.value if task.higher_is_better else -task.value
-            for task in (self.tasks[name] for name in weights)
-        ]
-        if pareto:
-            return tuple(signed)
-        total = math.fsum(weights.values())
-        weighted = (w * value for w, value in zip(weights.values(), signed, strict=True))
-        return (math.fsum(weighted) / total,)
+        merits = {name: self.tasks[name].merit for name in weights}
+        return tuple(merits.values()) if pareto else (weighted_mean(merits, weights),)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +82,11 @@ class Score:
                 for name, task in document["tasks"].items()
             }
         )
+
+
+def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The mean over tasks by the objective's weights, which need not sum to 1."""
+    return math.fsum(w * values[name] for name, w in weights.items()) / math.fsum(weights.values())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ recorded with the study: digests, items, the metric of each task, the scorer's f
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -92,12 +93,5 @@ def _dtype(base: Checkpoint) -> str:
     sizes: Counter[str] = Counter()
     for name in base.names:
         if name not in base.non_float_names:
-            sizes[str(base.dtype(name)).removeprefix("torch.")] += _size(base.shape(name))
+            sizes[str(base.dtype(name)).removeprefix("torch.")] += math.prod(base.shape(name))
     return sizes.most_common(1)[0][0]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total

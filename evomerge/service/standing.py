@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from evomerge.service.progress import Entry, Phase, Progress, seconds_left
-from evomerge.service.verdict import signed, to_score
+from evomerge.service.verdict import to_score
 from evomerge.spec import StudySpec
 from evomerge.trial import Kind, State, Trial
 
@@ -99,8 +99,7 @@ def _evaluations(
 
 def _mean(trial: Trial, weights: Mapping[str, float]) -> float:
     """The weighted mean on the search items, more is better."""
-    tasks = trial.scores["search"].tasks
-    return sum(w * signed(tasks[name]) for name, w in weights.items()) / sum(weights.values())
+    return trial.scores["search"].values(weights, pareto=False)[0]
 
 
 def _best(trials: Sequence[Trial], weights: Mapping[str, float]) -> Trial | None:

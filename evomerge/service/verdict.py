@@ -11,7 +11,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 
 from evomerge.sampling.pareto import pareto_front
-from evomerge.trial import Kind, Part, State, TaskScore, Trial
+from evomerge.trial import Kind, Part, State, Trial, weighted_mean
 
 Weights = Mapping[str, float]
 
@@ -32,9 +32,7 @@ def merit(trial: Trial, weights: Weights) -> float | None:
     """The weighted mean over search and selection items together; None until both are scored."""
     if not {"search", "selection"} <= trial.scores.keys():
         return None
-    per_task = {task: _pooled(trial, task) for task in weights}
-    total = math.fsum(weights.values())
-    return math.fsum(weights[task] * value for task, value in per_task.items()) / total
+    return weighted_mean({task: _pooled(trial, task) for task in weights}, weights)
 
 
 def best_of(trials: Sequence[Trial], weights: Weights) -> Trial | None:
@@ -83,14 +81,9 @@ def to_score(
     return missing(last, "report")
 
 
-def signed(task: TaskScore) -> float:
-    """A task's value with the sign that makes more better."""
-    return task.value if task.higher_is_better else -task.value
-
-
 def _pooled(trial: Trial, task: str) -> float:
     scores = [trial.scores[part].tasks[task] for part in ("search", "selection")]
-    return math.fsum(s.n * signed(s) for s in scores) / sum(s.n for s in scores)
+    return math.fsum(s.n * s.merit for s in scores) / sum(s.n for s in scores)
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:

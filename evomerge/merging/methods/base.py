@@ -7,6 +7,7 @@ the tensor; what it needs to know of the whole tensor (a threshold, a dot produc
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -71,10 +72,7 @@ class Coefficients:
     @property
     def size(self) -> int:
         """Number of elements of the tensor."""
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        return math.prod(self.shape)
 
     def floats(self, name: str) -> tuple[float, ...]:
         """A float parameter of source scope, for every source [s]."""
