@@ -212,7 +212,7 @@ def _write_weights(
 
 def _elements(merge: Merge, entries: list[Entry]) -> Iterator[Tensor]:
     for entry in entries:
-        yield from merge.blocks(entry.name)
+        yield merge.tensor(entry.name).view(-1)
 
 
 def _write_companions(merge: Merge, recipe: Recipe, folder: Path) -> None:

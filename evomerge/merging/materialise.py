@@ -16,7 +16,8 @@ from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.errors import CheckpointError, MergeError, MissingTensor, ShapeMismatch
-from evomerge.merging.merge import BLOCK_SIZE, DTYPES, Merge
+from evomerge.merging.compute import BLOCK_SIZE
+from evomerge.merging.merge import DTYPES, Merge
 from evomerge.merging.recipe import Recipe
 
 # Older checkpoints hold the rotary frequencies of every layer; models now compute them.
@@ -98,10 +99,10 @@ class Materialiser:
             if fingerprint is not None and self._written.get(name) == fingerprint:
                 continue
             self._written.pop(name, None)
-            start = 0
-            for block in merge.blocks(name):
-                target[start : start + block.numel()].copy_(block)
-                start += block.numel()
+            if target.dtype == merge.dtype(name):
+                merge.write(name, target)
+            else:
+                target.copy_(merge.tensor(name).view(-1))
             self._written[name] = fingerprint
 
     def _bound(self, anchor: Checkpoint) -> dict[str, Tensor]:

@@ -1,29 +1,26 @@
-"""A recipe bound to its checkpoints: every tensor of the merged model, streamed in blocks.
+"""A recipe bound to its checkpoints: every tensor of the merged model, one at a time.
 
-The one place where merged values are computed and rounded, so a live model and an exported
-checkpoint cannot differ. Writes nothing and knows no live model.
+Writes no file and knows no live model; the numbers are computed in `compute`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.checkpoint import Checkpoint, is_finite
-from evomerge.errors import MergeError, NonFiniteModel, ShapeMismatch, SpecError
+from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.errors import MergeError, ShapeMismatch, SpecError
+from evomerge.merging.compute import BLOCK_SIZE, Operands, merge_tensor
 from evomerge.merging.layout import layout
 from evomerge.merging.methods import registry
-from evomerge.merging.methods.base import Block, Blocks, Coefficients
+from evomerge.merging.methods.base import Blocks, Coefficients
 from evomerge.merging.recipe import ModelRef, Recipe
 from evomerge.spec import nearest
-
-BLOCK_SIZE = 1 << 17
-"""Elements per block: a block of base, sources and result stays in a core's cache."""
 
 # Float buffers that are computed, not learned: scaling one would change the architecture.
 _COMPUTED = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias)$")
@@ -80,19 +77,25 @@ class Merge:
             return stored
         return DTYPES[self.recipe.dtype]
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """The elements of a merged tensor in flat order, in its dtype, a block at a time.
+    def write(self, name: str, out: Tensor) -> None:
+        """Write one tensor of the merged model into `out` [n], flat and of the merge's dtype.
 
         Raises NonFiniteModel if a merged value is NaN, or infinite once rounded; ShapeMismatch.
         """
         if not self.is_merged(name):
-            yield self.anchor.tensor(name).reshape(-1).to(self.dtype(name))
+            out.copy_(self.anchor.tensor(name).reshape(-1))
             return
         coefficients = self.coefficients(name)
-        blocks = self._inputs(coefficients)
-        prepared = self._method.prepare(blocks, coefficients, self._survey)
-        for block in blocks():
-            yield self._rounded(name, self._method.merge(block, coefficients, prepared))
+        operands = self._operands(coefficients)
+        survey, size = self._survey, self._block_size
+        merge_tensor(self._method, coefficients, operands, survey, out, block_size=size)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the merged model, in its shape and dtype. Raises as `write` does."""
+        shape = self.shape(name)
+        out = torch.empty(shape, dtype=self.dtype(name))
+        self.write(name, out.view(-1))
+        return out
 
     def coefficients(self, name: str) -> Coefficients:
         """The recipe's parameters, resolved for one merged tensor."""
@@ -119,12 +122,12 @@ class Merge:
         def model() -> Iterable[tuple[Coefficients, Blocks]]:
             for name in filter(self.is_merged, self.names):
                 coefficients = self.coefficients(name)
-                yield coefficients, self._inputs(coefficients)
+                yield coefficients, self._operands(coefficients).blocks(self._block_size)
 
         return self._method.survey(model)
 
-    def _inputs(self, coefficients: Coefficients) -> Blocks:
-        """Streams the blocks of one tensor, its sources in the order of the coefficients."""
+    def _operands(self, coefficients: Coefficients) -> Operands:
+        """What one tensor is merged from, its sources in the order of the coefficients."""
         name = coefficients.tensor
         for source, checkpoint in self.sources.items():
             if checkpoint.shape(name) != self.shape(name):
@@ -135,31 +138,8 @@ class Merge:
                 )
         wanted = self._method.needs_base or self._method.takes_base
         base = self.anchor.tensor(name).reshape(-1) if self.base and wanted else None
-        sources = [self.sources[source].tensor(name).reshape(-1) for source in coefficients.names]
-
-        def blocks() -> Iterator[Block]:
-            for start in range(0, coefficients.size, self._block_size):
-                cut = slice(start, start + self._block_size)
-                # Copies, even of float32: no method can write into a file's pages.
-                base_block = base[cut].to(torch.float32, copy=True) if base is not None else None
-                block = torch.empty(len(sources), len(sources[0][cut]))
-                for row, source in zip(block, sources, strict=True):
-                    row.copy_(source[cut])
-                yield Block(base=base_block, sources=block, start=start)
-
-        return blocks
-
-    def _rounded(self, name: str, merged: Tensor) -> Tensor:
-        rounded = merged.to(self.dtype(name))
-        if is_finite(rounded):
-            return rounded
-        if is_finite(merged):
-            raise NonFiniteModel(
-                f"{name}: a merged value of {float(merged.abs().max()):g} is beyond"
-                f" {rounded.dtype}'s largest, {torch.finfo(rounded.dtype).max:g};"
-                " merge to bfloat16 or float32"
-            )
-        raise NonFiniteModel(f"{name}: {self.recipe.method} computed NaN or infinity")
+        sources = (self.sources[source].tensor(name).reshape(-1) for source in coefficients.names)
+        return Operands(base, tuple(sources))
 
 
 def _problems(recipe: Recipe) -> list[str]:

@@ -1,0 +1,84 @@
+"""One tensor's merge: from operands as they are stored to the merged tensor, rounded once.
+
+The one place where merged values are computed and rounded, so a live model and an exported
+checkpoint cannot differ. Knows no recipe, no checkpoint and no study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.checkpoint import is_finite
+from evomerge.errors import NonFiniteModel
+from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod
+
+BLOCK_SIZE = 1 << 17
+"""Elements per block: a block of base, sources and result stays in a core's cache."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors that one merged tensor is computed from, flat and in their stored dtypes.
+
+    base [n] (None where the method has no use for it), sources s times [n], in the order of the
+    coefficients' names. All on one device.
+    """
+
+    base: Tensor | None
+    sources: tuple[Tensor, ...]
+
+    def blocks(self, size: int) -> Blocks:
+        """Streams them as float32, `size` elements at a time."""
+
+        def stream() -> Iterator[Block]:
+            for start in range(0, len(self.sources[0]), size):
+                cut = slice(start, start + size)
+                # Copies, even of float32: no method can write into a file's pages.
+                base = None if self.base is None else self.base[cut].to(torch.float32, copy=True)
+                rows = torch.empty(len(self.sources), len(self.sources[0][cut]))
+                for row, source in zip(rows, self.sources, strict=True):
+                    row.copy_(source[cut])
+                yield Block(base=base, sources=rows, start=start)
+
+        return stream
+
+
+def merge_tensor(
+    method: MergeMethod,
+    coefficients: Coefficients,
+    operands: Operands,
+    survey: Any,
+    out: Tensor,
+    *,
+    block_size: int = BLOCK_SIZE,
+) -> None:
+    """Write the merged tensor into `out` [n], rounded once, to nearest even, to its dtype.
+
+    Raises NonFiniteModel, naming the tensor, if a merged value is NaN, or infinite once rounded;
+    `out` then holds part of the result.
+    """
+    blocks = operands.blocks(block_size)
+    prepared = method.prepare(blocks, coefficients, survey)
+    for block in blocks():
+        merged = method.merge(block, coefficients, prepared)
+        target = out[block.start : block.start + merged.numel()]
+        target.copy_(merged)
+        if not is_finite(target):
+            raise _non_finite(method, coefficients, merged, out.dtype)
+
+
+def _non_finite(
+    method: MergeMethod, coefficients: Coefficients, merged: Tensor, dtype: torch.dtype
+) -> NonFiniteModel:
+    name = coefficients.tensor
+    if is_finite(merged):
+        return NonFiniteModel(
+            f"{name}: a merged value of {float(merged.abs().max()):g} is beyond"
+            f" {dtype}'s largest, {torch.finfo(dtype).max:g}; merge to bfloat16 or float32"
+        )
+    return NonFiniteModel(f"{name}: {method.name} computed NaN or infinity")
