@@ -121,6 +121,15 @@ class Checkpoint:
         for block in _cut(self.tensor(name), size):
             yield block.to(torch.float32, copy=True)
 
+    def settled_config(self) -> dict[str, Any]:
+        """The config without what may differ between two copies of one model."""
+        return _settled(self.config)
+
+    def companions(self) -> dict[str, bytes]:
+        """SHA-256 of every file beside config and weights that may change a model's answers."""
+        paths = (self.folder / name for name in _COMPANIONS)
+        return {p.name: hashlib.sha256(_contents(p)).digest() for p in paths if p.exists()}
+
     def scan(self, progress: Progress | None = None) -> Scan:
         """Read every byte once: digest of the contents, and tensors with NaN or infinity.
 
@@ -154,11 +163,9 @@ class Checkpoint:
 
     def _preamble(self) -> bytes:
         """Config and companions that are there, by name; what a mere re-save changes left out."""
-        parts = [_settled(self.config)]
-        for name in _COMPANIONS:
-            path = self.folder / name
-            if path.exists():
-                parts += [name.encode(), hashlib.sha256(_contents(path)).digest()]
+        parts = [_canonical(self.config)]
+        for name, digest in self.companions().items():
+            parts += [name.encode(), digest]
         return b"\0".join(parts)
 
     def _equal(self, target: str, source: str) -> bool:
@@ -176,14 +183,17 @@ def _contents(path: Path) -> bytes:
     if not path.name.endswith("_config.json"):
         return path.read_bytes()
     try:
-        return _settled(json.loads(path.read_bytes()))
+        return _canonical(json.loads(path.read_bytes()))
     except ValueError:
         return path.read_bytes()
 
 
-def _settled(config: dict[str, Any]) -> bytes:
-    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
-    return json.dumps(kept, sort_keys=True).encode()
+def _canonical(config: dict[str, Any]) -> bytes:
+    return json.dumps(_settled(config), sort_keys=True).encode()
+
+
+def _settled(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
 
 
 def _cut(tensor: Tensor, size: int) -> Iterator[Tensor]:
