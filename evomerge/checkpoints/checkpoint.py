@@ -121,15 +121,6 @@ class Checkpoint:
         for block in _cut(self.tensor(name), size):
             yield block.to(torch.float32, copy=True)
 
-    def settled_config(self) -> dict[str, Any]:
-        """The config without what may differ between two copies of one model."""
-        return _settled(self.config)
-
-    def companions(self) -> dict[str, bytes]:
-        """SHA-256 of every file beside config and weights that may change a model's answers."""
-        paths = (self.folder / name for name in _COMPANIONS)
-        return {p.name: hashlib.sha256(_contents(p)).digest() for p in paths if p.exists()}
-
     def scan(self, progress: Progress | None = None) -> Scan:
         """Read every byte once: digest of the contents, and tensors with NaN or infinity.
 
@@ -164,7 +155,7 @@ class Checkpoint:
     def _preamble(self) -> bytes:
         """Config and companions that are there, by name; what a mere re-save changes left out."""
         parts = [_canonical(self.config)]
-        for name, digest in self.companions().items():
+        for name, digest in companions(self.folder).items():
             parts += [name.encode(), digest]
         return b"\0".join(parts)
 
@@ -179,6 +170,12 @@ class Checkpoint:
         return torch.equal(one, other)
 
 
+def companions(folder: Path) -> dict[str, bytes]:
+    """SHA-256 of every file beside config and weights that may change what a model answers."""
+    paths = (folder / name for name in _COMPANIONS)
+    return {p.name: hashlib.sha256(_contents(p)).digest() for p in paths if p.exists()}
+
+
 def _contents(path: Path) -> bytes:
     if not path.name.endswith("_config.json"):
         return path.read_bytes()
@@ -189,10 +186,11 @@ def _contents(path: Path) -> bytes:
 
 
 def _canonical(config: dict[str, Any]) -> bytes:
-    return json.dumps(_settled(config), sort_keys=True).encode()
+    return json.dumps(settled(config), sort_keys=True).encode()
 
 
-def _settled(config: dict[str, Any]) -> dict[str, Any]:
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what may differ between two copies of one model."""
     return {key: value for key, value in config.items() if key not in _VOLATILE}
 
 
