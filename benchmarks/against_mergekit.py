@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomerge.merging.export import export
 from evomerge.merging.methods.registry import METHODS
-from evomerge.merging.recipe import load_recipe
+from evomerge.merging.recipe_file import load_recipe
 
 SHARE_BEYOND = 1e-3
 LAYERS = 5

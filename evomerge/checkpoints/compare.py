@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 
-from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.weights import Weights
 from evomerge.errors import CheckpointError
 
 # Keys that change what the same tensors compute, in the words of several families.
@@ -26,10 +26,13 @@ _ARCHITECTURE = (
 _NAMED = 3  # of one kind of problem, name so many and count the rest
 
 
-def compare(base: Checkpoint, sources: Mapping[str, Checkpoint]) -> list[str]:
+def compare(
+    base: Weights, sources: Mapping[str, Weights], *, partial: bool = False
+) -> list[str]:
     """Every reason why `sources` cannot be merged onto `base`, a line each; empty if none.
 
-    A tensor that only a source has is ignored in merging: it is logged, not reported.
+    A tensor that only a source has is ignored in merging: it is logged, not reported. `partial`
+    sources need not have all of the base's tensors.
     """
     problems: list[str] = []
     for name, source in sources.items():
@@ -37,12 +40,14 @@ def compare(base: Checkpoint, sources: Mapping[str, Checkpoint]) -> list[str]:
         problems += other
         # Of another architecture, every tensor would differ: one line says it all.
         if not other:
+            if not partial:
+                problems += _missing(base, name, source)
             problems += [*_tensors(base, name, source), *_tying(base, name, source)]
         problems += _vocabulary(base, name, source)
     return problems
 
 
-def _architecture(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[str]:
+def _architecture(base: Weights, name: str, source: Weights) -> Iterator[str]:
     for key in _ARCHITECTURE:
         ours, theirs = base.config.get(key), source.config.get(key)
         if key in base.config and key in source.config and ours != theirs:
@@ -52,13 +57,16 @@ def _architecture(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[s
             )
 
 
-def _tensors(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[str]:
+def _missing(base: Weights, name: str, source: Weights) -> Iterator[str]:
     missing = [n for n in base.names if n not in source and n not in base.non_float_names]
     if missing:
         yield (
             f"source {name!r}: lacks {_some(missing)}, which base {base.path} has;"
             " take the whole checkpoint"
         )
+
+
+def _tensors(base: Weights, name: str, source: Weights) -> Iterator[str]:
     both = [n for n in base.names if n in source]
     differ = [n for n in both if base.shape(n) != source.shape(n)]
     yield from (
@@ -80,7 +88,7 @@ def _tensors(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[str]:
         )
 
 
-def _tying(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[str]:
+def _tying(base: Weights, name: str, source: Weights) -> Iterator[str]:
     for alias, canonical in base.tied_names.items():
         if {alias, canonical} <= set(source.names):
             yield (
@@ -89,7 +97,7 @@ def _tying(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[str]:
             )
 
 
-def _vocabulary(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[str]:
+def _vocabulary(base: Weights, name: str, source: Weights) -> Iterator[str]:
     """Conflicts only: a token that one side lacks, at an id the other does not use, is harmless."""
     ours, theirs = token_ids(base), token_ids(source)
     moved = [token for token, at in ours.items() if theirs.get(token, at) != at]
@@ -111,7 +119,7 @@ def _vocabulary(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[str
         )
 
 
-def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
+def token_ids(checkpoint: Weights) -> dict[str, int]:
     """The id of every token by `tokenizer.json`; empty if the checkpoint has none."""
     try:
         document = json.loads((checkpoint.folder / "tokenizer.json").read_text(encoding="utf-8"))

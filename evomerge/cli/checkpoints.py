@@ -28,7 +28,7 @@ def merge(
     directory: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Where the result goes.")],
 ) -> None:
     """Merge once, without a search, and write an ordinary checkpoint."""
-    from evomerge.merging.recipe import load_recipe
+    from evomerge.merging.recipe_file import load_recipe
 
     export_recipe(load_recipe(recipe), directory)
 

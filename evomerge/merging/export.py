@@ -20,6 +20,7 @@ from torch import Tensor
 from evomerge.checkpoints.checkpoint import Checkpoint, Progress
 from evomerge.checkpoints.compare import compare
 from evomerge.checkpoints.files import INDEX, WEIGHTS
+from evomerge.checkpoints.weights import Weights
 from evomerge.checkpoints.writer import Entry, header, in_order, write_file
 from evomerge.errors import (
     CandidateError,
@@ -75,7 +76,8 @@ def export(
     _refuse_existing(directory)
     checkpoints = {model.path: Checkpoint.open(model.path) for model in _models(recipe)}
     merge = Merge(recipe, checkpoints)
-    if problems := compare(merge.anchor, merge.sources):
+    partial = bool(recipe.slices)
+    if problems := compare(merge.anchor, merge.sources, partial=partial):
         raise SpecError("recipe", problems)
     known = _checked(recipe, checkpoints, lambda fraction: report(fraction / 2))
     shards = _shards(merge, shard_bytes)
@@ -141,13 +143,13 @@ def _shards(merge: Merge, shard_bytes: int) -> dict[str, list[Entry]]:
     }
 
 
-def _needed_bytes(shards: Mapping[str, list[Entry]], anchor: Checkpoint) -> int:
+def _needed_bytes(shards: Mapping[str, list[Entry]], anchor: Weights) -> int:
     weights = sum(len(header(shard)) + sum(e.nbytes for e in shard) for shard in shards.values())
     tokenizer = sum(path.stat().st_size for path in _companions(anchor))
     return weights + tokenizer + _COMPANION_BYTES
 
 
-def _companions(anchor: Checkpoint) -> list[Path]:
+def _companions(anchor: Weights) -> list[Path]:
     return [path for name in _FROM_ANCHOR if (path := anchor.folder / name).is_file()]
 
 

@@ -5,21 +5,23 @@ Writes no file and knows no live model; the numbers are computed in `compute`.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Hashable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.weights import Weights
 from evomerge.errors import MergeError, ShapeMismatch, SpecError
 from evomerge.merging.compute import BLOCK_SIZE, Operands, merge_tensor
 from evomerge.merging.layout import layout
 from evomerge.merging.methods import registry
-from evomerge.merging.methods.base import Blocks, Coefficients
-from evomerge.merging.recipe import ModelRef, Recipe
+from evomerge.merging.methods.base import Blocks, Coefficients, MergeMethod
+from evomerge.merging.parts import PartKey, part_of, parts, place_in
+from evomerge.merging.recipe import BASE, ModelRef, Recipe
+from evomerge.merging.stacking import Restacked, Slices, Stack
 from evomerge.spec import nearest
 
 # Float buffers that are computed, not learned: scaling one would change the architecture.
@@ -35,9 +37,10 @@ DTYPES = {
 class Merge:
     """The merged model as a stream of tensors.
 
-    It has the tensors of the anchor: the base, or the first source of a recipe without base. Float
-    tensors are merged in float32 and rounded once, to nearest even, to the recipe's dtype (the
-    anchor's own where the recipe names none); all others are the anchor's.
+    It has the tensors of the anchor: the base, or the first source of a recipe without base; with
+    slices, the stack of their layers. Float tensors are merged in float32 and rounded once, to
+    nearest even, to the recipe's dtype (the anchor's own where the recipe names none); all others
+    are the anchor's.
 
     Raises SpecError for a recipe that its method refuses, MergeError for a model of the recipe
     that is not among `checkpoints` (by path).
@@ -46,7 +49,7 @@ class Merge:
     def __init__(
         self,
         recipe: Recipe,
-        checkpoints: Mapping[str, Checkpoint],
+        checkpoints: Mapping[str, Weights],
         *,
         block_size: int = BLOCK_SIZE,
     ) -> None:
@@ -56,15 +59,18 @@ class Merge:
         self.base = _find(recipe.base, checkpoints) if recipe.base else None
         self.sources = {s.name: _find(s.model, checkpoints) for s in recipe.sources}
         self.anchor = self.base or next(iter(self.sources.values()))
+        if recipe.slices:
+            self._stack(recipe.slices)
         self.names = self.anchor.names
-        self._method = registry.get(recipe.method)
+        self._parts = parts(recipe)
+        self._surveys: dict[PartKey, Any] = {}
         self._block_size = block_size
         self._places = layout(self.names)
 
     def is_merged(self, name: str) -> bool:
         """Whether a tensor is merged; if not, it is copied from the anchor."""
-        tensor = self.anchor.tensor(name)
-        return tensor.is_floating_point() and tensor.numel() > 0 and not _COMPUTED.search(name)
+        learned = self.anchor.dtype(name).is_floating_point and not _COMPUTED.search(name)
+        return learned and math.prod(self.shape(name)) > 0
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a merged tensor."""
@@ -85,71 +91,98 @@ class Merge:
         if not self.is_merged(name):
             out.copy_(self.anchor.tensor(name).reshape(-1))
             return
-        coefficients = self.coefficients(name)
+        method, coefficients = self.method(name), self.coefficients(name)
         operands = self._operands(coefficients)
-        survey, size = self._survey, self._block_size
-        merge_tensor(self._method, coefficients, operands, survey, out, block_size=size)
+        survey, size = self._survey(part_of(self.recipe, self._places[name])), self._block_size
+        merge_tensor(method, coefficients, operands, survey, out, block_size=size)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the merged model, in its shape and dtype. Raises as `write` does."""
-        shape = self.shape(name)
-        out = torch.empty(shape, dtype=self.dtype(name))
+        out = torch.empty(self.shape(name), dtype=self.dtype(name))
         self.write(name, out.view(-1))
         return out
 
+    def method(self, name: str) -> MergeMethod:
+        """The merge method of one tensor."""
+        return registry.get(self._part(name).method)
+
     def coefficients(self, name: str) -> Coefficients:
         """The recipe's parameters, resolved for one merged tensor."""
-        return registry.coefficients(self.recipe, self._places[name], self.shape(name))
+        place = self._places[name]
+        seen = place_in(self.recipe, part_of(self.recipe, place), place)
+        return registry.coefficients(self._part(name), seen, self.shape(name))
 
     def fingerprint(self, name: str) -> Hashable | None:
         """What a merged tensor is a function of, given the same files: equal means equal values.
 
         None if the tensor depends on the whole model.
         """
-        models = (self.anchor.path, *(source.path for source in self.sources.values()))
         if not self.is_merged(name):
-            return models[:1]
-        if self._survey is not None:
+            return self.anchor.path
+        if self._survey(part_of(self.recipe, self._places[name])) is not None:
             return None
         known = self.coefficients(name)
+        models = tuple((self.sources[s].path, _origin(self.sources[s], name)) for s in known.names)
         source = tuple(sorted(known.source.items()))
         recipe = tuple(sorted(known.recipe.items()))
         parameters = (known.names, known.order, source, recipe, known.seed)
-        return (self.recipe.method, self.dtype(name), models, parameters)
+        method = self._part(name).method
+        return (method, self.dtype(name), self.anchor.path, models, parameters)
 
-    @cached_property
-    def _survey(self) -> Any:
-        def model() -> Iterable[tuple[Coefficients, Blocks]]:
-            for name in filter(self.is_merged, self.names):
+    def _stack(self, slices: Slices) -> None:
+        """See every model as the slices do."""
+        donor = self.anchor
+        base = Restacked(self.base, BASE, slices) if self.base else None
+        own = {name: Restacked(model, name, slices) for name, model in self.sources.items()}
+        members = ({BASE: base} if base else {}) | own
+        self.base, self.sources = base, dict(own)
+        self.anchor = Stack(donor, members, slices)
+
+    def _part(self, name: str) -> Recipe:
+        return self._parts[part_of(self.recipe, self._places[name])].recipe
+
+    def _survey(self, key: PartKey) -> Any:
+        """What the method of a part must know of all the tensors of the part."""
+        if key not in self._surveys:
+            method = registry.get(self._parts[key].recipe.method)
+            self._surveys[key] = method.survey(lambda: self._stream(key))
+        return self._surveys[key]
+
+    def _stream(self, key: PartKey) -> Iterator[tuple[Coefficients, Blocks]]:
+        for name in filter(self.is_merged, self.names):
+            if part_of(self.recipe, self._places[name]) == key:
                 coefficients = self.coefficients(name)
                 yield coefficients, self._operands(coefficients).blocks(self._block_size)
-
-        return self._method.survey(model)
 
     def _operands(self, coefficients: Coefficients) -> Operands:
         """What one tensor is merged from, its sources in the order of the coefficients."""
         name = coefficients.tensor
-        for source, checkpoint in self.sources.items():
-            if checkpoint.shape(name) != self.shape(name):
+        chosen = {source: self.sources[source] for source in coefficients.names}
+        for source, model in chosen.items():
+            if model.shape(name) != self.shape(name):
                 raise ShapeMismatch(
                     f"{name}: {self.anchor.path} is {list(self.shape(name))}, source {source!r} is"
-                    f" {list(checkpoint.shape(name))}; all sources must share the base's"
+                    f" {list(model.shape(name))}; all sources must share the base's"
                     " architecture"
                 )
-        wanted = self._method.needs_base or self._method.takes_base
-        base = self.anchor.tensor(name).reshape(-1) if self.base and wanted else None
-        sources = (self.sources[source].tensor(name).reshape(-1) for source in coefficients.names)
-        return Operands(base, tuple(sources))
+        method = self.method(name)
+        wanted = self.base is not None and (method.needs_base or method.takes_base)
+        base = self.base.tensor(name).reshape(-1) if self.base and wanted else None
+        return Operands(base, tuple(model.tensor(name).reshape(-1) for model in chosen.values()))
 
 
 def _problems(recipe: Recipe) -> list[str]:
-    problems = list(registry.check(recipe))
+    problems = registry.check(recipe)
     if recipe.dtype is not None and recipe.dtype not in DTYPES:
         problems.append(f"dtype: {recipe.dtype!r}{nearest(recipe.dtype, DTYPES)}")
     return problems
 
 
-def _find(model: ModelRef, checkpoints: Mapping[str, Checkpoint]) -> Checkpoint:
+def _origin(model: Weights, name: str) -> str:
+    return model.origin(name) if isinstance(model, Restacked) else name
+
+
+def _find(model: ModelRef, checkpoints: Mapping[str, Weights]) -> Weights:
     if model.path not in checkpoints:
         raise MergeError(f"{model.path}: the recipe needs it, open are {', '.join(checkpoints)}")
     return checkpoints[model.path]

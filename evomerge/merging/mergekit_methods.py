@@ -103,4 +103,6 @@ CHOICES: Mapping[tuple[str, bool], str] = {
 def is_mergekit(document: object) -> bool:
     """Whether a document is one of mergekit's, for merging or for mergekit-evolve."""
     marks = {"merge_method", "genome", "models", "slices", "modules"}
-    return isinstance(document, Mapping) and not marks.isdisjoint(document)
+    if not isinstance(document, Mapping) or "method" in document:
+        return False
+    return not marks.isdisjoint(document)

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from evomerge.documents import read_yaml
-from evomerge.errors import SpecError
-from evomerge.merging.mergekit_methods import is_mergekit
 from evomerge.merging.values import Value, normalise
-from evomerge.spec import locate, nearest
 
 
 @dataclass(frozen=True)
@@ -44,11 +39,34 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Tensors with a merge method of their own.
+
+    `where` says which, as a rule of a value does: {type, filter, layers}. `sources` are the ones
+    that take part, with their parameters; None: all, without parameters of their own. What a group
+    leaves open has the method's default.
+    """
+
+    where: Mapping[str, Any]
+    method: str
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, Value]] | None = None
+
+
+SELECTORS = ("type", "filter", "layers")
+
+BASE = "base"
+"""What a slice calls the recipe's base."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A merge. `sources` keep their order (SLERP runs from the first to the second).
 
     `dtype` is what merged float tensors are rounded to, once; None keeps the base's dtype.
-    `seed` keys the masks of stochastic methods.
+    `seed` keys the masks of stochastic methods. The first of `groups` that fits a tensor decides
+    its method. `slices` are the runs of layers [first, end) that are stacked, bottom up: for each,
+    the run that each source (and `base`) has a part with; without slices, models are merged whole.
     """
 
     method: str
@@ -57,9 +75,13 @@ class Recipe:
     parameters: Mapping[str, Value] = field(default_factory=dict)
     dtype: str | None = None
     seed: int = 0
+    groups: tuple[Group, ...] = ()
+    slices: tuple[Mapping[str, tuple[int, int]], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain JSON data."""
+        """Everything, as plain JSON data; groups and slices only where there are any."""
+        groups = {"groups": [_group_json(group) for group in self.groups]} if self.groups else {}
+        slices = {"slices": [_slice_json(ranges) for ranges in self.slices]} if self.slices else {}
         return {
             "method": self.method,
             "base": _model_json(self.base),
@@ -74,6 +96,8 @@ class Recipe:
             "parameters": {k: normalise(v) for k, v in self.parameters.items()},
             "dtype": self.dtype,
             "seed": self.seed,
+            **groups,
+            **slices,
         }
 
     @classmethod
@@ -89,6 +113,8 @@ class Recipe:
             parameters=document["parameters"],
             dtype=document["dtype"],
             seed=document["seed"],
+            groups=tuple(_group(entry) for entry in document.get("groups", ())),
+            slices=tuple(_slice(entry) for entry in document.get("slices", ())),
         )
 
     def canonical(self) -> str:
@@ -121,117 +147,28 @@ class Recipe:
         )
 
 
-_KEYS = ("method", "base", "sources", "parameters", "dtype", "seed")
+def _group_json(group: Group) -> dict[str, Any]:
+    own = group.sources
+    return {
+        **group.where,
+        "method": group.method,
+        "parameters": {k: normalise(v) for k, v in group.parameters.items()},
+        "sources": own and {n: {k: normalise(v) for k, v in p.items()} for n, p in own.items()},
+    }
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file: YAML, the JSON that `evomerge best` prints, or mergekit's YAML.
+def _group(document: Mapping[str, Any]) -> Group:
+    where = {key: document[key] for key in SELECTORS if key in document}
+    return Group(where, document["method"], document["parameters"], document["sources"])
 
-        method: ties
-        base: zoo/base
-        sources:
-          sort: {path: zoo/sort, weight: 0.8, density: 0.3}
-          reverse: zoo/reverse
-        parameters: {lambda: 1.0}
 
-    Relative paths are taken from the file's folder. Raises SpecError with every problem.
-    """
-    document = read_yaml(path)
-    if not isinstance(document, dict):
-        raise SpecError(str(path), ["a recipe is a mapping with `method`, `base`, `sources`"])
-    folder = path.resolve().parent
-    if is_mergekit(document):
-        from evomerge.merging.mergekit_yaml import read_mergekit  # its methods import recipes
+def _slice_json(ranges: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
+    return {name: list(run) for name, run in ranges.items()}
 
-        return read_mergekit(document, folder, subject=str(path))
-    faults = [
-        f"unknown key {key!r}{nearest(str(key), _KEYS)}" for key in document if key not in _KEYS
-    ]
-    faults += [f"missing key {key!r}" for key in ("method", "sources") if key not in document]
-    faults += list(_mistyped(document))
-    base = _read_model("base", document.get("base"), folder, faults)
-    sources = tuple(_read_sources(document.get("sources"), folder, faults))
-    parameters = _read_parameters(document.get("parameters") or {}, "parameters", faults)
-    if faults:
-        raise SpecError(str(path), faults)
-    return Recipe(
-        method=document["method"],
-        base=base,
-        sources=sources,
-        parameters=parameters,
-        dtype=document.get("dtype"),
-        seed=document.get("seed", 0),
-    )
+
+def _slice(document: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {name: (first, end) for name, (first, end) in document.items()}
 
 
 def _model_json(model: ModelRef | None) -> dict[str, Any] | None:
     return None if model is None else {"path": model.path, "digest": model.digest}
-
-
-def _mistyped(document: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("method", "dtype"):
-        if not isinstance(document.get(key), str | None):
-            yield f"{key}: expected a name, got {document[key]!r}"
-    if type(document.get("seed", 0)) is not int:
-        yield f"seed: expected a whole number, got {document['seed']!r}"
-
-
-def _read_model(where: str, entry: Any, folder: Path, faults: list[str]) -> ModelRef | None:
-    """A path or hub name, or {path, digest}."""
-    if entry is None:
-        return None
-    document = entry if isinstance(entry, Mapping) else {"path": entry}
-    path = document.get("path")
-    if not isinstance(path, str):
-        faults.append(f"{where}: expected a path or the name of a model on the hub, got {path!r}")
-        return None
-    return ModelRef(locate(path, folder) or path, document.get("digest"))
-
-
-def _read_sources(entries: Any, folder: Path, faults: list[str]) -> list[Source]:
-    """Sources as a mapping of names, or as the list that `Recipe.to_json` writes."""
-    if entries is None:
-        return []
-    sources = []
-    for name, entry in _named(entries, faults):
-        where = f"sources.{name}"
-        document = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-        if document.get("path") is None:
-            faults.append(f"{where}: missing key 'path'")
-            continue
-        model = _read_model(where, document, folder, faults)
-        own = {key: value for key, value in document.items() if key not in ("path", "digest")}
-        parameters = _read_parameters(own, where, faults)
-        if model is not None:
-            sources.append(Source(name, model, parameters))
-    return sources
-
-
-def _named(entries: Any, faults: list[str]) -> list[tuple[str, Any]]:
-    """Each source's name and entry; a list may name one twice, which the method's check reports."""
-    if isinstance(entries, Mapping) and entries:
-        return [(str(name), entry) for name, entry in entries.items()]
-    if isinstance(entries, list) and entries and all(isinstance(e, Mapping) for e in entries):
-        return [
-            (
-                str(entry.get("name")),
-                {k: v for k, v in entry.items() if k not in ("name", "parameters")}
-                | dict(entry.get("parameters") or {}),
-            )
-            for entry in entries
-        ]
-    faults.append("sources: expected a mapping of names to paths")
-    return []
-
-
-def _read_parameters(entries: Any, where: str, faults: list[str]) -> dict[str, Value]:
-    if not isinstance(entries, Mapping):
-        faults.append(f"{where}: expected a mapping")
-        return {}
-    values: dict[str, Value] = {}
-    for name, value in entries.items():
-        try:
-            values[str(name)] = normalise(value)
-        except ValueError as error:
-            faults.append(f"{where}.{name}: {error}")
-    return values

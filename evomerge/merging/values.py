@@ -34,7 +34,7 @@ def resolve(value: Value, place: Place) -> Scalar:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if value and isinstance(value[0], Mapping):
             rule = _matching(value, place)
-            return resolve(rule["value"], _within(rule, place))
+            return resolve(rule["value"], within(rule, place))
         return _gradient(value, place.depth)
     return value  # type: ignore[no-any-return]
 
@@ -89,12 +89,7 @@ def _rule(rule: object) -> dict[str, Any]:
         raise ValueError(f"{rule!r}: a rule is {{type, filter or layers, value}}")
     if set(rule) - {"type", "filter", "layers", "value"}:
         raise ValueError(f"{dict(rule)!r}: a rule is {{type, filter or layers, value}}")
-    if "type" in rule and rule["type"] not in TENSOR_TYPES:
-        raise ValueError(f"unknown tensor type {rule['type']!r}; known: {', '.join(TENSOR_TYPES)}")
-    if not isinstance(rule.get("filter", ""), str):
-        raise ValueError(f"a filter is a part of a tensor's name, not {rule['filter']!r}")
-    if "layers" in rule and not _is_range(rule["layers"]):
-        raise ValueError(f"layers: expected [first, end] or none, got {rule['layers']!r}")
+    check_selector(rule)
     inner = normalise(rule["value"])
     if isinstance(inner, list) and inner and isinstance(inner[0], dict):
         raise ValueError("a rule cannot hold rules")
@@ -103,20 +98,47 @@ def _rule(rule: object) -> dict[str, Any]:
     return {**rule, **ranged, "value": inner}
 
 
-def _is_range(layers: object) -> bool:
-    if not isinstance(layers, list | tuple):
-        return layers == "none"
-    return len(layers) == 2 and all(type(n) is int for n in layers) and 0 <= layers[0] < layers[1]
+def check_selector(selector: Mapping[str, Any]) -> None:
+    """Raises ValueError for a malformed `type`, `filter` or `layers`."""
+    if "type" in selector and selector["type"] not in TENSOR_TYPES:
+        kinds = ", ".join(TENSOR_TYPES)
+        raise ValueError(f"unknown tensor type {selector['type']!r}; known: {kinds}")
+    if not isinstance(selector.get("filter", ""), str):
+        raise ValueError(f"a filter is a part of a tensor's name, not {selector['filter']!r}")
+    layers = selector.get("layers", "none")
+    if layers != "none" and not is_layer_range(layers):
+        raise ValueError(f"layers: expected [first, end] or none, got {layers!r}")
+
+
+def fits(selector: Mapping[str, Any], place: Place) -> bool:
+    """Whether a tensor is of the selector's type, name part and layers, as far as it has them."""
+    wanted = selector.get("filter", "*")
+    return bool(
+        selector.get("type", place.type) == place.type
+        and (wanted == "*" or wanted in place.name)
+        and _is_in(selector.get("layers"), place.layer)
+    )
+
+
+def within(selector: Mapping[str, Any], place: Place) -> Place:
+    """The place as a selector's values see it: its depth is that within the selector's layers."""
+    layers = selector.get("layers")
+    if layers is None or layers == "none" or place.layer is None:
+        return place
+    first, end = layers
+    return replace(place, depth=(place.layer - first) / max(end - 1 - first, 1))
+
+
+def is_layer_range(layers: object) -> bool:
+    """Whether a value is a run of layers [first, end) that is not empty."""
+    if not isinstance(layers, list | tuple) or len(layers) != 2:
+        return False
+    return all(type(n) is int for n in layers) and 0 <= layers[0] < layers[1]
 
 
 def _matching(rules: Sequence[Mapping[str, Any]], place: Place) -> Mapping[str, Any]:
     for rule in rules:
-        wanted = rule.get("filter", "*")
-        if (
-            rule.get("type", place.type) == place.type
-            and (wanted == "*" or wanted in place.name)
-            and _is_in(rule.get("layers"), place.layer)
-        ):
+        if fits(rule, place):
             return rule
     raise ValueError(f"no rule fits {place.name}; end the list with a rule that has only a value")
 
@@ -127,15 +149,6 @@ def _is_in(layers: Any, layer: int | None) -> bool:
     if layers == "none":
         return layer is None
     return layer is not None and layers[0] <= layer < layers[1]
-
-
-def _within(rule: Mapping[str, Any], place: Place) -> Place:
-    """The place as the rule's value sees it: its depth is that within the rule's layers."""
-    layers = rule.get("layers")
-    if layers is None or layers == "none" or place.layer is None:
-        return place
-    first, end = layers
-    return replace(place, depth=(place.layer - first) / max(end - 1 - first, 1))
 
 
 def _gradient(knots: Sequence[float], depth: float) -> float:

@@ -262,6 +262,7 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (copies_are_source, {"weight": 0.3, "normalize": True}),
             (scales_with_task_vectors, {}),
         ),
+        "passthrough": _obeyed((neutral_is_source, {"scale": 1.0})),
         "task_arithmetic": _obeyed(
             *_TASK_VECTORS,
             (neutral_is_source, _NEUTRAL),

@@ -15,7 +15,8 @@ from evomerge.cli.main import main as command_line
 from evomerge.cli.running import load_spec
 from evomerge.merging.layout import layout
 from evomerge.merging.methods.registry import coefficients
-from evomerge.merging.recipe import ModelRef, Recipe, Source, load_recipe
+from evomerge.merging.recipe import ModelRef, Recipe, Source
+from evomerge.merging.recipe_file import load_recipe
 from evomerge.store.sql import SqlStore
 
 MERGE = """

@@ -36,7 +36,8 @@ from evomerge.errors import (
 from evomerge.merging.export import export
 from evomerge.merging.materialise import Materialiser, load_model
 from evomerge.merging.methods.registry import METHODS
-from evomerge.merging.recipe import ModelRef, Recipe, Source, load_recipe
+from evomerge.merging.recipe import ModelRef, Recipe, Source
+from evomerge.merging.recipe_file import load_recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

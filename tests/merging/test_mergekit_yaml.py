@@ -18,7 +18,8 @@ from evomerge.merging.layout import layout
 from evomerge.merging.mergekit_methods import METHODS
 from evomerge.merging.methods import registry
 from evomerge.merging.methods.registry import coefficients
-from evomerge.merging.recipe import Recipe, load_recipe
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.recipe_file import load_recipe
 
 NAMES = (
     "model.embed_tokens.weight",

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import SpecError
-from evomerge.merging.recipe import ModelRef, Recipe, Source, load_recipe
+from evomerge.merging.recipe import ModelRef, Recipe, Source
+from evomerge.merging.recipe_file import load_recipe
 
 RECIPE = Recipe(
     "ties",

@@ -29,6 +29,7 @@ from evomerge.merging.methods.model_stock import ModelStock
 from evomerge.merging.methods.multislerp import MultiSlerp
 from evomerge.merging.methods.nearswap import NearSwap
 from evomerge.merging.methods.nuslerp import NuSlerp
+from evomerge.merging.methods.passthrough import Passthrough
 from evomerge.merging.methods.pcb import Pcb
 from evomerge.merging.methods.ram import Ram
 from evomerge.merging.methods.sce import Sce
@@ -37,6 +38,8 @@ from evomerge.merging.methods.task_arithmetic import TaskArithmetic
 from evomerge.merging.methods.ties import Ties
 from evomerge.merging.methods.tsv_m import TsvM
 from evomerge.merging.methods.widen import Widen
+from evomerge.merging.parts import faults as part_faults
+from evomerge.merging.parts import parts
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.values import Scalar, Value, leaves, normalise, resolve
 from evomerge.spec import nearest
@@ -56,6 +59,7 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             Karcher(),
             ModelStock(),
             NearSwap(),
+            Passthrough(),
             Sce(),
             Breadcrumbs(),
             BreadcrumbsTies(),
@@ -87,6 +91,19 @@ def check(recipe: Recipe) -> list[str]:
 
     A parameter of source scope may stand at recipe level: it is the default of all sources.
     """
+    if broken := list(part_faults(recipe)):
+        return broken
+    found = {part.where: _part_faults(part.recipe, part.where) for part in parts(recipe).values()}
+    return list(dict.fromkeys(fault for faults in found.values() for fault in faults))
+
+
+def _part_faults(recipe: Recipe, where: str) -> Iterator[str]:
+    """The problems of a recipe without groups and slices, each behind the part's name."""
+    prefix = f"{where}: " if where else ""
+    return (f"{prefix}{fault}" for fault in _plain_faults(recipe))
+
+
+def _plain_faults(recipe: Recipe) -> list[str]:
     if recipe.method not in METHODS:
         return [_unknown_method(recipe.method)]
     method = METHODS[recipe.method]
