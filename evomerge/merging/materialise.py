@@ -6,7 +6,6 @@ parameters did not change since the last write are left alone. Knows nothing of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.errors import CheckpointError, MergeError, MissingTensor, ShapeMismatch
+from evomerge.checkpoints.weights import Weights
+from evomerge.errors import CheckpointError
+from evomerge.merging.binding import Target, bind
 from evomerge.merging.compute import BLOCK_SIZE
 from evomerge.merging.merge import DTYPES, Merge
 from evomerge.merging.recipe import Recipe
-
-# Older checkpoints hold the rotary frequencies of every layer; models now compute them.
-_STALE = (r"rotary_emb\.inv_freq$",)
 
 
 def load_model(
@@ -79,7 +77,7 @@ class Materialiser:
         self._model = model
         self._checkpoints = dict(checkpoints)
         self._block_size = block_size
-        self._targets: dict[str, dict[str, Tensor]] = {}
+        self._targets: dict[str, dict[str, Target]] = {}
         self._written: dict[str, Hashable] = {}
 
     @torch.no_grad()
@@ -99,61 +97,13 @@ class Materialiser:
             if fingerprint is not None and self._written.get(name) == fingerprint:
                 continue
             self._written.pop(name, None)
-            if target.dtype == merge.dtype(name):
+            if isinstance(target, Tensor) and target.dtype == merge.dtype(name):
                 merge.write(name, target)
             else:
                 target.copy_(merge.tensor(name).view(-1))
             self._written[name] = fingerprint
 
-    def _bound(self, anchor: Checkpoint) -> dict[str, Tensor]:
+    def _bound(self, anchor: Weights) -> dict[str, Target]:
         if anchor.path not in self._targets:
             self._targets[anchor.path] = bind(self._model, anchor)
         return self._targets[anchor.path]
-
-
-def bind(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Flat views of the model's parameters and persistent buffers, by the checkpoint's names.
-
-    The names may differ by the prefix of the inner model (`transformer.h.0` and `h.0`). Raises
-    MissingTensor for a tensor that only one side has, ShapeMismatch, and MergeError where the model
-    ties weights that the checkpoint does not.
-    """
-    live = model.state_dict(keep_vars=True)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    keys = {name: _key(name, live, prefix) for name in checkpoint.names}
-    unknown = [n for n, key in keys.items() if key is None and not _ignorable(n, model, checkpoint)]
-    if unknown:
-        raise MissingTensor(f"{unknown[0]}: {checkpoint.path} has it, the live model does not")
-    targets = {name: live[key].detach() for name, key in keys.items() if key is not None}
-    owners = {_place(target): name for name, target in targets.items() if target.numel()}
-    for key, tensor in live.items():
-        if tensor.numel() and _place(tensor.detach()) not in owners:
-            raise MissingTensor(f"{key}: the live model has it, {checkpoint.path} does not")
-    for name, target in targets.items():
-        if tuple(target.shape) != checkpoint.shape(name):
-            raise ShapeMismatch(
-                f"{name}: {checkpoint.path} is {list(checkpoint.shape(name))},"
-                f" the live model is {list(target.shape)}"
-            )
-        if target.numel() and (owner := owners[_place(target)]) != name:
-            raise MergeError(
-                f"{name}: the live model ties it to {owner}, {checkpoint.path} keeps them apart;"
-                " load the model from the recipe's own base"
-            )
-    return {name: target.view(-1) for name, target in targets.items()}
-
-
-def _place(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.data_ptr()
-
-
-def _key(name: str, live: Mapping[str, Any], prefix: str) -> str | None:
-    spellings = (name, prefix + name, name.removeprefix(prefix))
-    return next((spelling for spelling in spellings if spelling in live), None)
-
-
-def _ignorable(name: str, model: torch.nn.Module, checkpoint: Checkpoint) -> bool:
-    """A tensor that a checkpoint may hold though the model has no use for it."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    known = name in checkpoint.non_float_names
-    return known or any(re.search(pattern, name) for pattern in (*patterns, *_STALE))
