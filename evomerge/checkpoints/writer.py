@@ -10,7 +10,6 @@ Source: the format's description, https://github.com/huggingface/safetensors#for
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from evomerge.checkpoints.direct import direct_file
 
 _DTYPES = {
     torch.float64: "F64",
@@ -76,10 +77,8 @@ def write_file(path: Path, entries: Sequence[Entry], blocks: Iterable[Tensor]) -
 
     `blocks` are the flat elements of all entries in their order. Raises OSError.
     """
-    with path.open("wb") as file:
-        file.write(header(entries))
+    with direct_file(path) as file:
+        file.write(memoryview(header(entries)))
         for block in blocks:
-            file.write(block.contiguous().view(torch.uint8).numpy().data)
+            file.write(memoryview(block.contiguous().view(torch.uint8).numpy()))
             yield block.nbytes
-        file.flush()
-        os.fsync(file.fileno())
