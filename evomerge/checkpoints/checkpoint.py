@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.digest import TensorHash, combine
 from evomerge.checkpoints.files import find_folder, open_weights, read_config
 from evomerge.checkpoints.tying import tied_pairs
 from evomerge.errors import MissingTensor
@@ -37,7 +40,8 @@ _COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
 )
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
+_THREADS = 8  # more would wait for memory
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Scan:
 
 class Checkpoint:
     """A model on disk. `path` is what the user called it, `folder` where it lies.
+
+    The folder of a raw state dict is its file, which has no companions.
 
     A weight that is tied to another is known under one name, the canonical one, wherever the
     checkpoint stores it: `names` holds canonical names only, `tied_names` maps the others to them.
@@ -66,6 +72,9 @@ class Checkpoint:
     def open(cls, path: str) -> Checkpoint:
         """Open a folder, or a model on the hub by its id.
 
+        A safetensors file, or a folder of them without config.json, is a raw state dict: its
+        config is empty. A revision of a model on the hub is named by `org/name@revision`.
+
         Raises CheckpointError, naming the file that is missing or broken; PickleRefused.
         """
         folder = find_folder(path)
@@ -74,7 +83,7 @@ class Checkpoint:
     @cached_property
     def tied_names(self) -> Mapping[str, str]:
         """Canonical name by alias, for every weight that shares another one's values."""
-        pairs = tied_pairs(self.config, self.folder)
+        pairs = tied_pairs(self.config, self.folder) if self.config else {}
         tied = {}
         for target, source in pairs.items():
             if source not in self._files:
@@ -124,40 +133,52 @@ class Checkpoint:
     def scan(self, progress: Progress | None = None) -> Scan:
         """Read every byte once: digest of the contents, and tensors with NaN or infinity.
 
-        The digest is a SHA-256 of config, tokenizer, generation config and every tensor's name,
-        dtype, shape and bytes. How the weights are cut into shards, and where they lie, does not
-        change it.
+        The digest is a BLAKE3 tree over config, tokenizer, generation config and every tensor's
+        name, dtype, shape and bytes; see `digest.combine`. How the weights are cut into shards,
+        and where they lie, does not change it.
         """
         if "_scanned" not in self.__dict__:
             self._scanned = self._scan(progress or (lambda fraction: None))
         return self._scanned
 
     def digest(self) -> str:
-        """SHA-256 of the contents, as 64 hex digits; see `scan`."""
+        """BLAKE3 of the contents, as 64 hex digits; see `scan`."""
         return self.scan().digest
 
-    def _scan(self, progress: Progress) -> Scan:
-        total = sum(self.tensor(name).nbytes for name in self.names) or 1
-        done, bad, sha = 0, [], hashlib.sha256(self._preamble())
-        for name in self.names:
-            tensor = self.tensor(name)
-            sha.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-            finite = True
-            for chunk in _cut(tensor, _CHUNK):
-                sha.update(chunk.view(torch.uint8).numpy().data)
-                finite = finite and is_finite(chunk)
-                done += chunk.nbytes
-                progress(done / total)
-            if not finite:
-                bad.append(name)
-        return Scan(sha.hexdigest(), tuple(bad))
+    def preamble(self) -> bytes:
+        """What a digest covers beside the tensors: config and companions that are there, by name.
 
-    def _preamble(self) -> bytes:
-        """Config and companions that are there, by name; what a mere re-save changes left out."""
+        What a mere re-save changes is left out.
+        """
         parts = [_canonical(self.config)]
         for name, digest in companions(self.folder).items():
             parts += [name.encode(), digest]
         return b"\0".join(parts)
+
+    def _scan(self, progress: Progress) -> Scan:
+        total = sum(self.tensor(name).nbytes for name in self.names) or 1
+        digests, bad, done = {}, [], 0
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "scan") as pool:
+            try:
+                for name, (digest, finite) in zip(
+                    self.names, pool.map(self._scan_tensor, self.names), strict=True
+                ):
+                    digests[name] = digest
+                    bad += [] if finite else [name]
+                    done += self.tensor(name).nbytes
+                    progress(done / total)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # an interrupt need not wait for all the rest
+                raise
+        return Scan(combine(self.preamble(), digests), tuple(bad))
+
+    def _scan_tensor(self, name: str) -> tuple[str, bool]:
+        tensor, finite = self.tensor(name), True
+        hashed = TensorHash(name, tensor.dtype, tuple(tensor.shape))
+        for chunk in _cut(tensor, _CHUNK):  # small enough to be in the cache for the second look
+            hashed.update(chunk)
+            finite = finite and is_finite(chunk)
+        return hashed.hexdigest(), finite
 
     def _equal(self, target: str, source: str) -> bool:
         """Whether a checkpoint that stores both weights of a tied pair stores them equal.
@@ -203,5 +224,7 @@ def is_finite(values: Tensor) -> bool:
     """Whether a tensor is free of NaN and infinity; integers always are."""
     if not values.is_floating_point() or not values.numel():
         return True
+    if values.itemsize == 1:  # no reduction of float8 exists
+        values = values.float()
     low, high = torch.aminmax(values)  # one pass without temporaries; NaN propagates
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -48,7 +48,7 @@ def _table(recipe: Recipe) -> list[str]:
     rows = [("base", recipe.base)] if recipe.base else []
     named = [*rows, *((source.name, source.model) for source in recipe.sources)]
     lines = [f"| {name} | {_shown(model)} | `{model.digest}` |" for name, model in named]
-    return ["| | model | SHA-256 of its contents |", "|---|---|---|", *lines]
+    return ["| | model | BLAKE3 of its contents |", "|---|---|---|", *lines]
 
 
 def _recipe(recipe: Recipe) -> dict[str, object]:

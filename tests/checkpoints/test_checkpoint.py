@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import small_llama
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.checkpoints.checkpoint import is_finite
+from evomerge.checkpoints.digest import TensorHash, combine, tensor_digest
 from evomerge.errors import CheckpointError, MissingTensor, PickleRefused
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -155,7 +158,7 @@ def test_an_unknown_tensor(whole: Path) -> None:
         Checkpoint.open(str(whole)).tensor("model.nothing")
 
 
-def test_the_digest_is_the_sha256_of_the_contents(whole: Path) -> None:
+def test_the_digest_is_a_blake3_tree_of_the_contents(whole: Path) -> None:
     def settled(name: str) -> bytes:
         document = json.loads((whole / name).read_text())
         for key in ("transformers_version", "dtype"):
@@ -167,11 +170,32 @@ def test_the_digest_is_the_sha256_of_the_contents(whole: Path) -> None:
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         contents = settled(name) if "_config" in name else (whole / name).read_bytes()
         parts += [name.encode(), hashlib.sha256(contents).digest()]
-    sha = hashlib.sha256(b"\0".join(parts))
+    tree = blake3(b"\0".join(parts)).digest()
     for name, tensor in sorted(load_file(whole / "model.safetensors").items()):
-        sha.update(f"{name}\0torch.bfloat16\0{list(tensor.shape)}\0".encode())
-        sha.update(tensor.view(torch.int16).numpy().tobytes())
-    assert checkpoint.digest() == sha.hexdigest()
+        leaf = f"{name}\0torch.bfloat16\0{list(tensor.shape)}\0".encode()
+        tree += blake3(leaf + tensor.view(torch.int16).numpy().tobytes()).digest()
+    assert checkpoint.digest() == blake3(tree).hexdigest()
+
+
+def test_a_digest_can_be_taken_tensor_by_tensor_in_any_order(whole: Path) -> None:
+    checkpoint = Checkpoint.open(str(whole))
+    digests = {n: tensor_digest(n, checkpoint.tensor(n)) for n in reversed(checkpoint.names)}
+    assert combine(checkpoint.preamble(), digests) == checkpoint.digest()
+    hashed = TensorHash(HEAD, checkpoint.dtype(HEAD), checkpoint.shape(HEAD))
+    for piece in checkpoint.tensor(HEAD).reshape(-1).split(37):
+        hashed.update(piece)
+    assert hashed.hexdigest() == digests[HEAD]
+
+
+def test_an_interrupted_scan_leaves_no_half_result(whole: Path) -> None:
+    checkpoint = Checkpoint.open(str(whole))
+
+    def interrupt(fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.scan(interrupt)
+    assert checkpoint.digest() == Checkpoint.open(str(whole)).digest()
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
@@ -227,8 +251,9 @@ def test_a_scan_names_tensors_with_nan_or_infinity(
 
 @pytest.mark.parametrize("place", [0, 1, 63, 64, 999, 1000])
 def test_is_finite_sees_every_element(place: int) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        values = torch.zeros(1001, dtype=dtype)
+    float8 = torch.float8_e4m3fn
+    for dtype in (float8, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        values = torch.zeros(1001).to(dtype)
         assert is_finite(values)
         values[place] = torch.nan
         assert not is_finite(values)
@@ -245,6 +270,30 @@ def test_a_truncated_file(broken: Path) -> None:
 
 def test_a_file_that_is_something_else(single: Path) -> None:
     (single / "model.safetensors").write_bytes(b"<html>not found</html>")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole safetensors file"):
+        Checkpoint.open(str(single))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F99", "shape": [4], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}}',
+        b"[]",
+    ],
+)
+def test_a_corrupt_header(single: Path, header: bytes) -> None:
+    contents = struct.pack("<Q", len(header)) + header + bytes(16)
+    (single / "model.safetensors").write_bytes(contents)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole safetensors file"):
+        Checkpoint.open(str(single))
+
+
+@pytest.mark.parametrize("size", [0, 7, 8])
+def test_a_file_without_a_header(single: Path, size: int) -> None:
+    (single / "model.safetensors").write_bytes(b"\xff" * size)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole safetensors file"):
         Checkpoint.open(str(single))
 
@@ -297,8 +346,52 @@ def test_no_weights_no_config_no_folder(single: Path, tmp_path: Path) -> None:
         Checkpoint.open(str(single))
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         Checkpoint.open(str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="is a file; give the folder"):
         Checkpoint.open(str(single / "tokenizer.json"))
+
+
+def test_a_lone_weight_file_is_a_raw_state_dict(whole: Path, tmp_path: Path) -> None:
+    """Nothing beside it counts, whatever lies there, and nothing is tied that no config ties."""
+    stored = load_file(whole / "model.safetensors")
+    raw = Checkpoint.open(str(whole / "model.safetensors"))
+    assert (raw.config, raw.tied_names) == ({}, {})
+    assert list(raw.names) == sorted(stored)
+    assert all(torch.equal(raw.tensor(name), tensor) for name, tensor in stored.items())
+    moved = Path(shutil.copy(whole / "model.safetensors", tmp_path / "weights.v2.safetensors"))
+    assert Checkpoint.open(str(moved)).digest() == raw.digest()
+    assert raw.digest() != Checkpoint.open(str(whole)).digest()
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_folder_of_weight_files_only_is_a_raw_state_dict(broken: Path, index: bool) -> None:
+    for path in broken.glob("*.json"):
+        if not path.name.endswith("index.json"):
+            path.unlink()
+    if not index:
+        (broken / "model.safetensors.index.json").unlink()
+    raw = Checkpoint.open(str(broken))
+    assert raw.config == {}
+    assert {HEAD, EMBEDDING} <= set(raw.names)
+
+
+def test_a_checkpoint_that_lost_its_config_is_no_raw_state_dict(single: Path) -> None:
+    (single / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        Checkpoint.open(str(single))
+
+
+def test_loose_files_that_hold_one_tensor_twice(whole: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copy(whole / "model.safetensors", tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: \S+ is also in a\.safetensors"):
+        Checkpoint.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_a_pickle_file_is_refused(single: Path, name: str) -> None:
+    torch.save({}, single / name)
+    with pytest.raises(PickleRefused, match=rf"{name}: a pickle can run code"):
+        Checkpoint.open(str(single / name))
 
 
 def test_a_config_that_does_not_parse(single: Path) -> None:
@@ -317,20 +410,31 @@ def test_an_adapter_and_a_quantised_model_are_told_apart(single: Path) -> None:
         Checkpoint.open(str(single))
 
 
+@pytest.mark.parametrize("revision", [None, "main", "refs/pr/1", "v1.0"])
 def test_a_hub_model_is_looked_up_without_pickles_or_code(
-    whole: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
 ) -> None:
-    asked: dict[str, list[str]] = {}
+    asked: dict[tuple[str, str | None], list[str]] = {}
 
-    def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
-        asked[repo_id] = allow_patterns
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked[repo_id, revision] = allow_patterns
         return str(whole)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    checkpoint = Checkpoint.open("someone/llama")
-    assert checkpoint.path == "someone/llama"
+    path = f"someone/llama@{revision}" if revision else "someone/llama"
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.path == path
     assert checkpoint.folder == whole
-    assert not [p for p in asked["someone/llama"] if p.endswith((".bin", ".pt", ".py", "*"))]
+    patterns = asked["someone/llama", revision]
+    assert not [p for p in patterns if p.endswith((".bin", ".pt", ".py", "*"))]
+
+
+def test_a_local_path_with_an_at_sign_is_a_path(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = single.rename(single.parent / "llama@v2")
+    monkeypatch.chdir(folder.parent.parent)
+    assert Checkpoint.open(f"{folder.parent.name}/llama@v2").folder == folder
 
 
 def test_a_hub_model_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
