@@ -128,7 +128,7 @@ def token_ids(checkpoint: Weights) -> dict[str, int]:
             vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
         added = {entry["content"]: entry["id"] for entry in document.get("added_tokens") or ()}
         return {**vocabulary, **added}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a raw state dict's folder is its file
         return {}
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(
