@@ -19,7 +19,7 @@ from torch import Tensor
 
 from evomerge.checkpoints.adapter import ADAPTER_CONFIG, Adapter
 from evomerge.checkpoints.checkpoint import Checkpoint, Progress, Scan, is_finite
-from evomerge.checkpoints.files import find_folder
+from evomerge.checkpoints.files import find_folder, weight_files
 from evomerge.checkpoints.placement import place
 from evomerge.errors import CheckpointError, MissingTensor
 
@@ -107,6 +107,11 @@ class Adapted:
         for start in range(0, len(flat), size):
             yield flat[start : start + size].to(torch.float32, copy=True)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files of the base and of the adapter."""
+        return (*self.base.files, *weight_files(self.adapter.folder))
+
     def companion(self, name: str) -> Path:
         """Where the file of that name lies, if it exists: a tokenizer file of the adapter's own
         counts instead of the base's."""
@@ -163,11 +168,10 @@ class Adapted:
 
     def _tied(self, alias: str) -> bool:
         canonical = self.base.tied_names[alias]
-        if not self._changes(alias) and not self._changes(canonical):
-            return True
-        return all(map(self._changes, (alias, canonical))) and torch.equal(
-            self._computed(alias), self._computed(canonical)
-        )
+        changed = [self._changes(name) for name in (alias, canonical)]
+        if all(changed) and not self.adapter.config.get("ensure_weight_tying"):
+            return torch.equal(self._computed(alias), self._computed(canonical))
+        return all(changed) or not any(changed)
 
     def _computed(self, name: str) -> Tensor:
         weight = self._unadapted(name)
