@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.digest import TensorHash, combine
-from evomerge.checkpoints.files import find_folder, open_weights, read_config
+from evomerge.checkpoints.files import find_folder, open_weights, read_config, weight_files
+from evomerge.checkpoints.pages import populate, release
 from evomerge.checkpoints.tying import tied_pairs
 from evomerge.errors import MissingTensor
 
@@ -52,6 +53,14 @@ class Scan:
     non_finite: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Look:
+    """What one tensor's bytes tell: their digest, and whether they are free of NaN and infinity."""
+
+    digest: str
+    finite: bool
+
+
 class Checkpoint:
     """A model on disk. `path` is what the user called it, `folder` where it lies.
 
@@ -67,6 +76,7 @@ class Checkpoint:
         self.config = config
         self._files = files
         self._views: dict[str, Tensor] = {}
+        self._inspected: dict[str, Look] = {}
 
     @classmethod
     def open(cls, path: str) -> Checkpoint:
@@ -79,6 +89,15 @@ class Checkpoint:
         """
         folder = find_folder(path)
         return cls(path, folder, read_config(folder), open_weights(folder))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, by name."""
+        return tuple(weight_files(self.folder))
+
+    def companion(self, name: str) -> Path:
+        """Where the file of that name lies, if there is one."""
+        return self.folder / name
 
     @cached_property
     def tied_names(self) -> Mapping[str, str]:
@@ -155,30 +174,45 @@ class Checkpoint:
             parts += [name.encode(), digest]
         return b"\0".join(parts)
 
+    def inspect(self, name: str) -> Look:
+        """Read one tensor for the scan, ahead of it: what is inspected is not read again by `scan`.
+
+        Pages are asked for in megabytes first, so that another thread can compute meanwhile.
+        """
+        name = self.tied_names.get(name, name)
+        if name not in self._inspected:
+            tensor, finite = self.tensor(name), True
+            populate(tensor)
+            hashed = TensorHash(name, tensor.dtype, tuple(tensor.shape))
+            for chunk in _cut(tensor, _CHUNK):  # small enough to be in the cache for a second look
+                hashed.update(chunk)
+                finite = finite and is_finite(chunk)
+            self._inspected[name] = Look(hashed.hexdigest(), finite)
+        return self._inspected[name]
+
+    def remember(self, digests: Mapping[str, str]) -> None:
+        """Take over the digests of tensors that were inspected before, and found finite."""
+        self._inspected |= {name: Look(digest, finite=True) for name, digest in digests.items()}
+
+    def release(self, name: str) -> None:
+        """Take a tensor's pages out of this process's memory until it is read again."""
+        release(self.tensor(name))
+
     def _scan(self, progress: Progress) -> Scan:
         total = sum(self.tensor(name).nbytes for name in self.names) or 1
-        digests, bad, done = {}, [], 0
+        looks, done = {}, 0
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "scan") as pool:
             try:
-                for name, (digest, finite) in zip(
-                    self.names, pool.map(self._scan_tensor, self.names), strict=True
-                ):
-                    digests[name] = digest
-                    bad += [] if finite else [name]
+                inspected = pool.map(self.inspect, self.names)
+                for name, look in zip(self.names, inspected, strict=True):
+                    looks[name] = look
                     done += self.tensor(name).nbytes
                     progress(done / total)
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # an interrupt need not wait for all the rest
                 raise
-        return Scan(combine(self.preamble(), digests), tuple(bad))
-
-    def _scan_tensor(self, name: str) -> tuple[str, bool]:
-        tensor, finite = self.tensor(name), True
-        hashed = TensorHash(name, tensor.dtype, tuple(tensor.shape))
-        for chunk in _cut(tensor, _CHUNK):  # small enough to be in the cache for the second look
-            hashed.update(chunk)
-            finite = finite and is_finite(chunk)
-        return hashed.hexdigest(), finite
+        digest = combine(self.preamble(), {name: look.digest for name, look in looks.items()})
+        return Scan(digest, tuple(name for name, look in looks.items() if not look.finite))
 
     def _equal(self, target: str, source: str) -> bool:
         """Whether a checkpoint that stores both weights of a tied pair stores them equal.

@@ -81,7 +81,7 @@ def is_raw(folder: Path) -> bool:
     if folder.is_file():
         return True
     described = any(not path.name.endswith(".index.json") for path in folder.glob("*.json"))
-    return not described and bool(_weight_files(folder))
+    return not described and bool(weight_files(folder))
 
 
 def open_weights(folder: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def open_weights(folder: Path) -> dict[str, Any]:
         return _keys(folder / WEIGHTS)
     if not (folder / INDEX).exists():
         if is_raw(folder):
-            return _loose(_weight_files(folder))
+            return _loose(weight_files(folder))
         raise _no_weights(folder)
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -133,7 +133,10 @@ def _loose(files: list[Path]) -> dict[str, Any]:
     return opened
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint, by name."""
+    if folder.is_file():
+        return [folder]
     return sorted(folder.glob(f"*{_SAFETENSORS}"))
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.checkpoint import Progress, Scan
 
 
 class Weights(Protocol):
@@ -40,3 +43,17 @@ class Weights(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
+
+
+class Model(Weights, Protocol):
+    """The tensors of one model on disk, and what else lies there."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files."""
+
+    def companion(self, name: str) -> Path:
+        """Where the file of that name lies, if there is one."""
+
+    def scan(self, progress: Progress | None = None) -> Scan:
+        """Digest of the contents, and tensors with NaN or infinity."""

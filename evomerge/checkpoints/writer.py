@@ -80,5 +80,5 @@ def write_file(path: Path, entries: Sequence[Entry], blocks: Iterable[Tensor]) -
     with direct_file(path) as file:
         file.write(memoryview(header(entries)))
         for block in blocks:
-            file.write(memoryview(block.contiguous().view(torch.uint8).numpy()))
+            file.write(block.contiguous().view(torch.uint8).numpy().data)
             yield block.nbytes

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 import evomerge
-from evomerge.cli import checkpoints, demo, diff, read, run, service, space, zoo
+from evomerge.cli import adapters, demo, diff, merge, methods, read, run, service, space, zoo
 from evomerge.errors import EvomergeError, UserError
 
 OK, OURS, USER = 0, 1, 2
@@ -46,7 +46,7 @@ def _options(
     pass
 
 
-for group in (demo, run, read, checkpoints, diff, space, zoo, service):
+for group in (demo, run, read, merge, methods, adapters, diff, space, zoo, service):
     group.register(app)
 
 

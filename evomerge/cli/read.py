@@ -89,7 +89,7 @@ def best(
     json: AsJson = False,
 ) -> None:
     """The winner so far, its recipe and scores; with --export its checkpoint."""
-    from evomerge.cli.checkpoints import export_recipe
+    from evomerge.cli.merge import export_recipe
     from evomerge.service.report import build_report
 
     opened = open_store(store, create=False)

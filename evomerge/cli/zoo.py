@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.checkpoints import progress_bar
+from evomerge.cli.bars import progress_bar
 
 if TYPE_CHECKING:
     from evomerge.zoo.build import ZooPaths, ZooProgress

@@ -1,42 +1,36 @@
 """Write a recipe's merged model to disk as an ordinary Hugging Face checkpoint.
 
-Streamed, so that memory is bounded whatever the model's size; written aside and renamed, so that
-a folder is there whole or not at all. Knows no live model and no study.
+What is in the folder and in which order it is made; how tensors stream is `stream`, how the folder
+comes to be there whole or not at all is `aside`. Knows no live model and no study.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from evomerge.checkpoints.checkpoint import Checkpoint, Progress
+import evomerge
+from evomerge.checkpoints.adapted import open_models
 from evomerge.checkpoints.compare import compare
 from evomerge.checkpoints.files import INDEX, WEIGHTS
-from evomerge.checkpoints.weights import Weights
+from evomerge.checkpoints.weights import Model
 from evomerge.checkpoints.writer import Entry, header, in_order, write_file
-from evomerge.errors import (
-    CandidateError,
-    CheckpointError,
-    ExportError,
-    MergeError,
-    NonFiniteTensor,
-    SpecError,
-)
+from evomerge.errors import CandidateError, ExportError, MergeError, SpecError
+from evomerge.merging.aside import Aside, flush, written_aside
+from evomerge.merging.inspection import Inspection
 from evomerge.merging.merge import Merge
 from evomerge.merging.model_card import model_card
-from evomerge.merging.recipe import ModelRef, Recipe
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.stream import merged_tensors
 
 RECIPE_FILE = "evomerge_recipe.json"
 
-_FROM_ANCHOR = (
+_FROM_DONOR = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,44 +45,54 @@ _FROM_ANCHOR = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHARD_BYTES = 5_000_000_000
+"""Bytes of a weight file, unless the user says otherwise; the hub's own limit is ten times that."""
+
 _COMPANION_BYTES = 1 << 20
 """Room for config, model card and index, on top of weights and tokenizer."""
+
+
+Progress = Callable[[int, int], None]
+"""Told the bytes read and written so far, and all there are to be."""
 
 
 def export(
     recipe: Recipe,
     directory: Path,
     *,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Recipe:
     """Merge and write `directory`; returns the recipe with the digests of its models.
 
-    Beside weights, config and tokenizer it holds a model card and the recipe. `progress` is told
-    the fraction done, the check of the inputs being the first half.
+    Beside weights, config and tokenizer it holds a model card and the recipe. Tensors stream:
+    memory holds a few of the largest, whatever the model. After an error nothing is left behind; an
+    export that was killed or interrupted goes on, when it is called again for the same thing, with
+    the weight file that was cut off.
 
     Raises ExportError if the directory exists and is not empty or cannot be written; SpecError with
     every reason why the checkpoints do not fit; NonFiniteTensor for NaN in an input; MergeError for
-    NaN or an overflow in the result. After any error nothing is left behind.
+    NaN or an overflow in the result; CheckpointError if a model is not the one that the recipe has
+    the digest of.
     """
-    report = progress or (lambda fraction: None)
     _refuse_existing(directory)
-    checkpoints = {model.path: Checkpoint.open(model.path) for model in _models(recipe)}
-    merge = Merge(recipe, checkpoints)
-    partial = bool(recipe.slices)
-    if problems := compare(merge.anchor, merge.sources, partial=partial):
-        raise SpecError("recipe", problems)
-    known = _checked(recipe, checkpoints, lambda fraction: report(fraction / 2))
-    shards = _shards(merge, shard_bytes)
-    with _written_aside(directory, _needed_bytes(shards, merge.anchor)) as aside:
-        _write_weights(merge, shards, aside, lambda fraction: report((1 + fraction) / 2))
-        _write_companions(merge, known, aside)
+    merge = open_merge(recipe)
+    shards = cut(merge, shard_bytes)
+    purpose = _purpose(merge, shards)
+    inspection = Inspection(merge)
+    with written_aside(directory, purpose, _needed_bytes(shards, merge.donor)) as aside:
+        _Writer(merge, inspection, shards, aside, progress).write()
+        known = inspection.known()
+        _write_companions(merge, known, aside.folder)
     return known
 
 
-def _models(recipe: Recipe) -> list[ModelRef]:
-    return [*([recipe.base] if recipe.base else []), *(s.model for s in recipe.sources)]
+def open_merge(recipe: Recipe) -> Merge:
+    """A recipe with its models opened. Raises SpecError with every reason why they do not fit."""
+    merge = Merge(recipe, open_models(model.path for model in recipe.models))
+    if problems := compare(merge.anchor, merge.sources, partial=bool(recipe.slices)):
+        raise SpecError("recipe", problems)
+    return merge
 
 
 def _refuse_existing(directory: Path) -> None:
@@ -98,34 +102,79 @@ def _refuse_existing(directory: Path) -> None:
         raise ExportError(f"{directory}: exists already; give a new folder, or remove it first")
 
 
-def _checked(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], progress: Progress) -> Recipe:
-    """The recipe with its models' digests, once every byte of them has been looked at."""
-    digests = {}
-    for index, (path, checkpoint) in enumerate(checkpoints.items()):
-        share = _share(progress, index, len(checkpoints))
-        scan = checkpoint.scan(share)
-        if scan.non_finite:
-            raise NonFiniteTensor(
-                f"{scan.non_finite[0]}: checkpoint {path} holds NaN or infinity there"
-                f" ({len(scan.non_finite)} such tensors); leave this model out"
-            )
-        digests[path] = scan.digest
-    for model in _models(recipe):
-        if model.digest not in (None, digests[model.path]):
-            raise CheckpointError(
-                f"{model.path}: not the checkpoint that the recipe was made for: the digest of its"
-                f" contents is {digests[model.path][:12]}, the recipe has {model.digest[:12]};"
-                " put that checkpoint back"
-            )
-    return recipe.with_digests(digests)
+def _purpose(merge: Merge, shards: Mapping[str, list[Entry]]) -> str:
+    """What makes two exports the same: recipe, files of the inputs, files of the result."""
+    inputs = {
+        path: [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in model.files]
+        for path, model in merge.models.items()
+    }
+    result = {name: [entry.name for entry in entries] for name, entries in shards.items()}
+    known = [evomerge.__version__, merge.recipe.to_json(), inputs, result]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def _share(progress: Progress, index: int, count: int) -> Progress:
-    return lambda fraction: progress((index + fraction) / count)
+class _Writer:
+    """Writes the weight files that are not there yet, and their index."""
+
+    def __init__(
+        self,
+        merge: Merge,
+        inspection: Inspection,
+        shards: Mapping[str, list[Entry]],
+        aside: Aside,
+        progress: Progress | None,
+    ) -> None:
+        self._merge, self._inspection = merge, inspection
+        self._shards, self._aside = shards, aside
+        self._progress = progress or (lambda done, total: None)
+        self._done = 0
+        written = sum(entry.nbytes for entries in shards.values() for entry in entries)
+        self._written = written
+        self._total = written + sum(map(inspection.nbytes, merge.names))
+
+    def write(self) -> None:
+        """Raises MergeError for NaN or an overflow, NonFiniteTensor for NaN in an input."""
+        try:
+            for file_name, entries in self._shards.items():
+                if file_name in self._aside.finished:
+                    self._skip(file_name, entries)
+                else:
+                    self._write_file(file_name, entries)
+        except CandidateError as error:
+            raise MergeError(str(error)) from error
+        if len(self._shards) > 1:
+            weight_map = {e.name: name for name, es in self._shards.items() for e in es}
+            index = {
+                "metadata": {"total_size": self._written},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            _write_text(self._aside.folder / INDEX, json.dumps(index, indent=2))
+
+    def _write_file(self, file_name: str, entries: list[Entry]) -> None:
+        names = [entry.name for entry in entries]
+        tensors = merged_tensors(self._merge, names, self._inspection.look)
+        elements = (self._released(name, tensor) for name, tensor in tensors)
+        for size in write_file(self._aside.folder / file_name, entries, elements):
+            self._advance(size)
+        self._aside.finish(file_name, self._inspection.notes(names))
+
+    def _released(self, name: str, tensor: Tensor) -> Tensor:
+        self._inspection.release(name)
+        self._advance(self._inspection.nbytes(name))
+        return tensor.view(-1)
+
+    def _skip(self, file_name: str, entries: list[Entry]) -> None:
+        """An earlier attempt wrote this file, and knew its inputs' digests."""
+        self._inspection.remember(self._aside.finished[file_name])
+        self._advance(sum(e.nbytes + self._inspection.nbytes(e.name) for e in entries))
+
+    def _advance(self, size: int) -> None:
+        self._done += size
+        self._progress(self._done, self._total)
 
 
-def _shards(merge: Merge, shard_bytes: int) -> dict[str, list[Entry]]:
-    """The tensors of every weight file, by file name."""
+def cut(merge: Merge, shard_bytes: int) -> dict[str, list[Entry]]:
+    """The tensors of every weight file, by file name; a file holds up to `shard_bytes`."""
     groups: list[list[Entry]] = [[]]
     room = shard_bytes
     for name in merge.names:
@@ -143,78 +192,14 @@ def _shards(merge: Merge, shard_bytes: int) -> dict[str, list[Entry]]:
     }
 
 
-def _needed_bytes(shards: Mapping[str, list[Entry]], anchor: Weights) -> int:
+def _needed_bytes(shards: Mapping[str, list[Entry]], donor: Model) -> int:
     weights = sum(len(header(shard)) + sum(e.nbytes for e in shard) for shard in shards.values())
-    tokenizer = sum(path.stat().st_size for path in _companions(anchor))
+    tokenizer = sum(path.stat().st_size for path in _companions(donor))
     return weights + tokenizer + _COMPANION_BYTES
 
 
-def _companions(anchor: Weights) -> list[Path]:
-    return [path for name in _FROM_ANCHOR if (path := anchor.folder / name).is_file()]
-
-
-@contextmanager
-def _written_aside(directory: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside `directory`: takes its place if the block succeeds, is gone if not."""
-    parent = directory.absolute().parent
-    aside: Path | None = None
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(parent).free < needed_bytes:
-            raise _disk_full(directory, needed_bytes)
-        prefix = f".{directory.name}."
-        aside = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
-        yield aside
-        aside.chmod(0o755)  # mkdtemp's folder is for its owner alone
-        _flush(aside)
-        aside.rename(directory)
-        _flush(parent)
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise _disk_full(directory, needed_bytes) from error
-        raise ExportError(f"{directory}: cannot be written: {error}") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _disk_full(directory: Path, needed_bytes: int) -> ExportError:
-    free = shutil.disk_usage(directory.absolute().parent).free
-    return ExportError(
-        f"{directory}: does not fit on the disk: {needed_bytes / 1e6:,.1f} MB are needed,"
-        f" {free / 1e6:,.1f} MB are free; free some space or export elsewhere"
-    )
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_weights(
-    merge: Merge, shards: Mapping[str, list[Entry]], folder: Path, progress: Progress
-) -> None:
-    total = sum(entry.nbytes for shard in shards.values() for entry in shard)
-    done = 0
-    try:
-        for file_name, entries in shards.items():
-            for written in write_file(folder / file_name, entries, _elements(merge, entries)):
-                done += written
-                progress(done / total)
-    except CandidateError as error:
-        raise MergeError(str(error)) from error
-    if len(shards) > 1:
-        weight_map = {e.name: name for name, entries in shards.items() for e in entries}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_text(folder / INDEX, json.dumps(index, indent=2))
-
-
-def _elements(merge: Merge, entries: list[Entry]) -> Iterator[Tensor]:
-    for entry in entries:
-        yield merge.tensor(entry.name).view(-1)
+def _companions(donor: Model) -> list[Path]:
+    return [path for name in _FROM_DONOR if (path := donor.companion(name)).is_file()]
 
 
 def _write_companions(merge: Merge, recipe: Recipe, folder: Path) -> None:
@@ -224,11 +209,11 @@ def _write_companions(merge: Merge, recipe: Recipe, folder: Path) -> None:
     _write_text(folder / "config.json", json.dumps(config, indent=2))
     _write_text(folder / RECIPE_FILE, json.dumps(recipe.to_json(), indent=2))
     _write_text(folder / "README.md", model_card(recipe))
-    for path in _companions(merge.anchor):
+    for path in _companions(merge.donor):
         shutil.copyfile(path, folder / path.name)
-        _flush(folder / path.name)
+        flush(folder / path.name)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
-    _flush(path)
+    flush(path)

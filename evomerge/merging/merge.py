@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.weights import Weights
+from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError, ShapeMismatch, SpecError
 from evomerge.merging.compute import BLOCK_SIZE, Operands, merge_tensor
 from evomerge.merging.layout import layout
@@ -37,10 +37,10 @@ DTYPES = {
 class Merge:
     """The merged model as a stream of tensors.
 
-    It has the tensors of the anchor: the base, or the first source of a recipe without base; with
-    slices, the stack of their layers. Float tensors are merged in float32 and rounded once, to
-    nearest even, to the recipe's dtype (the anchor's own where the recipe names none); all others
-    are the anchor's.
+    It has the tensors of the anchor: the donor (the base, or the first source of a recipe without
+    base); with slices, the stack of their layers. Config and tokenizer are the donor's. Float
+    tensors are merged in float32 and rounded once, to nearest even, to the recipe's dtype (the
+    anchor's own where the recipe names none); all others are the anchor's.
 
     Raises SpecError for a recipe that its method refuses, MergeError for a model of the recipe
     that is not among `checkpoints` (by path).
@@ -49,16 +49,20 @@ class Merge:
     def __init__(
         self,
         recipe: Recipe,
-        checkpoints: Mapping[str, Weights],
+        checkpoints: Mapping[str, Model],
         *,
         block_size: int = BLOCK_SIZE,
     ) -> None:
         if problems := _problems(recipe):
             raise SpecError("recipe", problems)
         self.recipe = recipe
-        self.base = _find(recipe.base, checkpoints) if recipe.base else None
-        self.sources = {s.name: _find(s.model, checkpoints) for s in recipe.sources}
-        self.anchor = self.base or next(iter(self.sources.values()))
+        self.models = {model.path: _find(model, checkpoints) for model in recipe.models}
+        self.donor = next(iter(self.models.values()))
+        self.base: Weights | None = self.models[recipe.base.path] if recipe.base else None
+        self.sources: dict[str, Weights] = {
+            source.name: self.models[source.model.path] for source in recipe.sources
+        }
+        self.anchor: Weights = self.donor
         if recipe.slices:
             self._stack(recipe.slices)
         self.names = self.anchor.names
@@ -102,6 +106,22 @@ class Merge:
         self.write(name, out.view(-1))
         return out
 
+    def nbytes(self, name: str) -> int:
+        """Size of a merged tensor."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def inputs(self, name: str) -> list[tuple[Weights, str]]:
+        """What one tensor is computed from: models, and their own names of it."""
+        if not self.is_merged(name):
+            views = [self.anchor]
+        else:
+            views = [self.sources[source] for source in self.coefficients(name).names]
+            views = [*([self.base] if self.base else []), *views]
+        return [
+            view.origin(name) if isinstance(view, Restacked | Stack) else (view, name)
+            for view in views
+        ]
+
     def method(self, name: str) -> MergeMethod:
         """The merge method of one tensor."""
         return registry.get(self._part(name).method)
@@ -135,7 +155,7 @@ class Merge:
         base = Restacked(self.base, BASE, slices) if self.base else None
         own = {name: Restacked(model, name, slices) for name, model in self.sources.items()}
         members = ({BASE: base} if base else {}) | own
-        self.base, self.sources = base, dict(own)
+        self.base, self.sources = base, {**own}
         self.anchor = Stack(donor, members, slices)
 
     def _part(self, name: str) -> Recipe:
@@ -179,10 +199,10 @@ def _problems(recipe: Recipe) -> list[str]:
 
 
 def _origin(model: Weights, name: str) -> str:
-    return model.origin(name) if isinstance(model, Restacked) else name
+    return model.origin(name)[1] if isinstance(model, Restacked) else name
 
 
-def _find(model: ModelRef, checkpoints: Mapping[str, Weights]) -> Weights:
+def _find(model: ModelRef, checkpoints: Mapping[str, Model]) -> Model:
     if model.path not in checkpoints:
         raise MergeError(f"{model.path}: the recipe needs it, open are {', '.join(checkpoints)}")
     return checkpoints[model.path]

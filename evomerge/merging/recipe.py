@@ -78,6 +78,11 @@ class Recipe:
     groups: tuple[Group, ...] = ()
     slices: tuple[Mapping[str, tuple[int, int]], ...] = ()
 
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The base, if there is one, and the sources' models."""
+        return (*([self.base] if self.base else []), *(source.model for source in self.sources))
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON data; groups and slices only where there are any."""
         groups = {"groups": [_group_json(group) for group in self.groups]} if self.groups else {}

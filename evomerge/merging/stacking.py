@@ -45,17 +45,17 @@ class Restacked:
                 f"{model.path}: has {depth} layers, the recipe's slices ask for layer {beyond[0]}"
             )
 
-    def origin(self, name: str) -> str:
-        """The model's own name of a tensor of the stack. Raises MissingTensor."""
+    def origin(self, name: str) -> tuple[Weights, str]:
+        """The model, and its own name of a tensor of the stack. Raises MissingTensor."""
         layer = layer_of(name)
         if layer is None:
             below = tensor_type(name) == "embedding"
             if name in self._model and (self._below if below else self._above):
-                return name
+                return self._model, name
         elif layer in self._layers:
             own = _LAYER.sub(str(self._layers[layer]), name, count=1)
             if own in self._model:
-                return own
+                return self._model, own
         raise MissingTensor(f"{name}: {self.path} has no part in it")
 
     @cached_property
@@ -75,13 +75,16 @@ class Restacked:
 
     def tensor(self, name: str) -> Tensor:
         """Read only. Raises MissingTensor."""
-        return self._model.tensor(self.origin(name))
+        model, own = self.origin(name)
+        return model.tensor(own)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._model.shape(self.origin(name))
+        model, own = self.origin(name)
+        return model.shape(own)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._model.dtype(self.origin(name))
+        model, own = self.origin(name)
+        return model.dtype(own)
 
     def _names(self) -> Iterator[str]:
         spots: dict[int, list[int]] = {}
@@ -132,6 +135,10 @@ class Stack:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._holder(name).dtype(name)
+
+    def origin(self, name: str) -> tuple[Weights, str]:
+        """The model that a tensor is of, and the model's own name of it. Raises MissingTensor."""
+        return self._holder(name).origin(name)
 
     def _holder(self, name: str) -> Restacked:
         for member in self._members.values():

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,11 +176,14 @@ def test_the_recipe_beside_the_weights_rebuilds_them(
 
 
 def test_progress_runs_from_start_to_end(folders: dict[str, Path], tmp_path: Path) -> None:
-    done: list[float] = []
-    export(_recipe(folders), tmp_path / "out", progress=done.append)
-    assert done == sorted(done)
-    assert 0 < done[0] < 0.5
-    assert done[-1] == 1.0
+    told: list[tuple[int, int]] = []
+    export(_recipe(folders), tmp_path / "out", progress=lambda *both: told.append(both))
+    done, totals = zip(*told, strict=True)
+    stored = sum(load_file(p)[n].nbytes for p in _weights(tmp_path / "out") for n in load_file(p))
+    assert list(done) == sorted(done)
+    assert 0 < done[0] < done[-1] / 2
+    assert done[-1] == totals[0] == 4 * stored  # a base, two sources, and the result
+    assert len(set(totals)) == 1
 
 
 def test_an_existing_folder_is_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -251,12 +255,16 @@ def test_a_folder_that_cannot_be_written(folders: dict[str, Path], tmp_path: Pat
         export(_recipe(folders), tmp_path / "file" / "out")
 
 
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("at", [0.1, 0.6, 0.95])
-def test_an_interrupted_export_leaves_nothing(
+def test_an_interrupted_export_leaves_nothing_half_written(
     folders: dict[str, Path], tmp_path: Path, at: float
 ) -> None:
-    def interrupt(fraction: float) -> None:
-        if fraction >= at:
+    def interrupt(done: int, total: int) -> None:
+        if done >= at * total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -264,22 +272,71 @@ def test_an_interrupted_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_no_folder_of_that_name(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    program = """
+_KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from evomerge.merging.export import export
 from evomerge.merging.recipe import Recipe
-die = lambda fraction: os.kill(os.getpid(), signal.SIGKILL) if fraction > 0.8 else None
-export(Recipe.from_json(json.loads(sys.argv[1])), Path(sys.argv[2]), progress=die)
+die = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > 0.7 * total else None
+recipe = Recipe.from_json(json.loads(sys.argv[1]))
+export(recipe, Path(sys.argv[2]), shard_bytes=20_000, progress=die)
 """
-    recipe = json.dumps(_recipe(folders).to_json())
-    done = subprocess.run([sys.executable, "-c", program, recipe, str(tmp_path / "out")])
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    export(_recipe(folders), tmp_path / "out")
+
+
+def _killed(recipe: Recipe, out: Path) -> dict[str, int]:
+    """What an export that is killed in the middle of many files leaves: its files' inodes."""
+    arguments = [sys.executable, "-c", _KILLED, json.dumps(recipe.to_json()), str(out)]
+    assert subprocess.run(arguments).returncode == -signal.SIGKILL
+    assert not out.exists()
+    return {path.name: path.stat().st_ino for path in out.parent.glob(".out.partial/*")}
+
+
+def test_a_killed_export_goes_on_with_the_file_it_was_at(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = _recipe(folders)
+    left = _killed(recipe, tmp_path / "out")
+    told: list[int] = []
+    known = export(
+        recipe, tmp_path / "out", shard_bytes=20_000, progress=lambda done, _: told.append(done)
+    )
+    straight = export(recipe, tmp_path / "straight", shard_bytes=20_000)
+    assert known == straight  # the digests of inputs that were not read again included
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "straight")
+    kept = [p for p in _weights(tmp_path / "out") if left.get(p.name) == p.stat().st_ino]
+    assert 0 < len(kept) < len(_weights(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "straight"]
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("change", ["recipe", "source", "shards"])
+def test_another_export_does_not_go_on_with_it(
+    folders: dict[str, Path], tmp_path: Path, change: str
+) -> None:
+    mine = {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
+    recipe, size = _recipe(mine), 20_000
+    assert _killed(recipe, tmp_path / "out")
+    if change == "recipe":
+        recipe = replace(recipe, parameters={"lambda": 0.5})
+    elif change == "shards":
+        size = 30_000
+    else:
+        small_llama.save(mine["code"], seed=9, shard="20KB")
+    export(recipe, tmp_path / "out", shard_bytes=size)
+    export(recipe, tmp_path / "straight", shard_bytes=size)
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "straight")
+
+
+def test_two_exports_to_one_place_at_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    def second(done: int, total: int) -> None:
+        with pytest.raises(ExportError, match="out: another process is writing it"):
+            export(_recipe(folders), tmp_path / "out")
+
+    export(_recipe(folders), tmp_path / "out", progress=second)
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_nan_in_a_source_names_the_tensor(tmp_path: Path) -> None:

@@ -1,57 +1,20 @@
-"""The commands that make a checkpoint without a search: merge; and the list of merge methods."""
+"""The command that lists the merge methods."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from evomerge.cli.options import AsJson, print_json
 
 if TYPE_CHECKING:
     from evomerge.merging.methods.base import MergeMethod, Parameter
-    from evomerge.merging.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
-    """Add this group's commands."""
-    app.command()(merge)
+    """Add this group's command."""
     app.command()(methods)
-
-
-def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to merge, and how.")],
-    directory: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Where the result goes.")],
-) -> None:
-    """Merge once, without a search, and write an ordinary checkpoint."""
-    from evomerge.merging.recipe_file import load_recipe
-
-    export_recipe(load_recipe(recipe), directory)
-
-
-def export_recipe(recipe: Recipe, directory: Path) -> None:
-    """Export with a progress bar on standard error."""
-    from evomerge.errors import SpecError
-    from evomerge.merging.export import export
-    from evomerge.merging.methods.registry import check
-
-    problems = check(recipe)
-    if problems:
-        raise SpecError("recipe", problems)
-    with progress_bar() as bar:
-        task = bar.add_task("merging", total=1.0)
-        export(recipe, directory, progress=lambda done: bar.update(task, completed=done))
-    typer.echo(f"wrote {directory}", err=True)
-
-
-def progress_bar() -> Progress:
-    """A bar with the time left, on standard error."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr))
 
 
 def methods(

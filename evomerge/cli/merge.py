@@ -1,0 +1,99 @@
+"""The command that makes a checkpoint without a search, or says what that would take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal
+
+from evomerge.cli.bars import byte_bar
+from evomerge.cli.options import AsJson, print_json
+
+if TYPE_CHECKING:
+    from evomerge.merging.plan import Plan
+    from evomerge.merging.recipe import Recipe
+
+_SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's command."""
+    app.command()(merge)
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to merge, and how.")],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="OUT_DIR", help="Where the result goes.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done, and do nothing.")
+    ] = False,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest weight file: bytes, or 500MB, 5GB, 2GiB.")
+    ] = _SHARD_SIZE,
+    json: AsJson = False,
+) -> None:
+    """Merge once, without a search, and write an ordinary checkpoint."""
+    from evomerge.merging.recipe_file import load_recipe
+
+    largest = size_in_bytes(shard_size)
+    if plan:
+        _show_plan(load_recipe(recipe), largest, json=json)
+    elif directory is None:
+        raise typer.BadParameter("give a folder for the result, or --plan", param_hint="OUT_DIR")
+    else:
+        export_recipe(load_recipe(recipe), directory, shard_bytes=largest)
+
+
+def export_recipe(recipe: Recipe, directory: Path, *, shard_bytes: int | None = None) -> None:
+    """Export with a progress bar on standard error."""
+    from evomerge.merging.export import SHARD_BYTES, export
+
+    with byte_bar() as bar:
+        task = bar.add_task("merging", total=None)
+        export(
+            recipe,
+            directory,
+            shard_bytes=shard_bytes or SHARD_BYTES,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    typer.echo(f"wrote {directory}", err=True)
+
+
+def _show_plan(recipe: Recipe, shard_bytes: int, *, json: bool) -> None:
+    from evomerge.merging.export import cut, open_merge
+    from evomerge.merging.plan import plan
+
+    merge = open_merge(recipe)
+    planned = plan(merge, files=len(cut(merge, shard_bytes)))
+    if json:
+        print_json(asdict(planned))
+        return
+    for line in _lines(planned):
+        typer.echo(line)
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    methods = ", ".join(f"{count} by {name}" for name, count in plan.methods.items())
+    yield f"tensors   {plan.tensors}: {methods or 'none merged'}"
+    for path, size in plan.read.items():
+        yield f"read      {decimal(size)}  {path}"
+    each = plan.flops / plan.elements if plan.elements else 0.0
+    yield f"compute   {plan.flops:.3g} FLOPs, {each:.1f} for each of {plan.elements:,} elements"
+    yield f"write     {decimal(plan.written)} in {plan.files} file{'s'[: plan.files > 1]}"
+    yield f"memory    {decimal(plan.memory)} at most, libraries and page cache aside"
+
+
+def size_in_bytes(text: str) -> int:
+    """1000, 500MB, 5GB or 2GiB in bytes. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    if match is None or float(match[1]) <= 0:
+        raise typer.BadParameter(f"{text!r} is no size; write 500MB or 5GB", param_hint="SIZE")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
