@@ -28,8 +28,8 @@ class AlignedRows:
     be mapped from a file. The row of a model without the token is, in this order: what a rule
     says, the base's, the only owner's, the mean of the owners'. A rule with `force` also replaces
     the rows of models that have the token. A row of padding is the donor's where it has one
-    there, for all models; else the mean of the model's rows of tokens, so that no logit of
-    padding is ever the largest.
+    there, for all models; else the mean of the model's rows of tokens, so that in no model a logit
+    of padding is the largest.
 
     Raises ShapeMismatch for matrices of other rows' shapes.
     """
@@ -97,9 +97,8 @@ class AlignedRows:
         result[torch.from_numpy(at)] = total / divisor.reshape(-1, *[1] * (total.dim() - 1))
 
     def _available(self, model: str) -> Rows:
-        rows = self._vocabulary.source_rows(model)
-        rows[rows >= len(self._matrices[model])] = -1  # a head may have fewer rows
-        return rows
+        rows = self._vocabulary.source_rows[model]
+        return np.where(rows < len(self._matrices[model]), rows, -1)  # a head may have fewer
 
     @cached_property
     def _default(self) -> tuple[Rows, Rows]:

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import TemplateSyntaxError
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evomerge.checkpoints.checkpoint import Checkpoint
@@ -113,10 +116,20 @@ def check_chat_template(choice: str) -> str | None:
     if "{" not in choice:
         return f"chat_template: unknown {choice!r}{nearest(choice, [AUTO, *TEMPLATES])}"
     try:
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(choice)
+        ImmutableSandboxedEnvironment(extensions=[LoopControlExtension, _Generation]).parse(choice)
     except TemplateSyntaxError as error:
         return f"chat_template: line {error.lineno} is not Jinja: {error.message}"
     return None
+
+
+class _Generation(Extension):
+    """transformers' own tag, {% generation %}: what of a conversation the model says."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def template_of(model: Checkpoint) -> str | None:

@@ -85,12 +85,14 @@ class Vocabulary:
             model.rows == self.rows and model.ids == self.ids for model in self.models.values()
         )
 
-    def source_rows(self, model: str) -> Rows:
-        """For each output row the row of `model` with the same token, -1 where it has none."""
-        theirs = self.models[model].ids
-        found = np.full(self.rows, -1, dtype=np.int64)
-        shared = [token for token in self.ids if token in theirs]
-        found[[self.ids[token] for token in shared]] = [theirs[token] for token in shared]
+    @cached_property
+    def source_rows(self) -> Mapping[str, Rows]:
+        """By model, for each output row its row with the same token, -1 where it has none."""
+        found = {}
+        for name, model in self.models.items():
+            found[name] = np.full(self.rows, -1, dtype=np.int64)
+            shared = self.ids.keys() & model.ids.keys()
+            found[name][[self.ids[token] for token in shared]] = [model.ids[t] for t in shared]
         return found
 
 
