@@ -21,6 +21,7 @@ from evomerge.errors import MergeError, ShapeMismatch
 
 Shapes = Mapping[str, tuple[int, ...]]
 _INT32_MAX = torch.iinfo(torch.int32).max
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Part:
     @property
     def is_run(self) -> bool:
         """Whether both sides are walked without gaps."""
-        return self.stored_strides in ((), (1,)) and self.live_strides in ((), (1,))
+        return self.stored_strides == self.live_strides == (1,)
 
 
 @dataclass
@@ -65,8 +66,8 @@ def places(
     A stored tensor that the model has no place for is left out. Every live tensor that is filled
     at all is filled whole, each element once.
 
-    Raises ShapeMismatch; MergeError where loading would compute with weights instead of moving
-    them, or fills one live tensor twice.
+    Raises ShapeMismatch; MergeError where loading would compute with weights or shuffle them,
+    instead of moving them in blocks, or fills one live tensor twice.
     """
     found: dict[str, tuple[Part, ...]] = {}
     known: dict[Any, list[list[Part]]] = {}
@@ -165,60 +166,65 @@ def _traced(
 ) -> list[list[tuple[Any, ...]]]:
     """For each stored tensor of a group, its parts, with the key's place in `keys` for the key.
 
-    Every stored element carries its number through the conversion; where it comes out is its place.
-    Memory: a few integers per element of the group.
+    Every stored element carries a number through the conversion; where it comes out is its place.
+    A number is left out between two tensors, so that no run of numbers crosses from one to the
+    other. Memory: what the conversion itself needs, at four bytes per element of the group.
     """
-    names = group.names
-    starts = [0, *accumulate(math.prod(stored[name]) for name in names)]
+    sizes = [math.prod(stored[name]) for name in group.names]
+    starts = [0, *accumulate(size + 1 for size in sizes)]
     dtype = torch.int32 if starts[-1] <= _INT32_MAX else torch.int64
     numbers = {
-        name: torch.arange(start, end, dtype=dtype).view(stored[name])
-        for name, (start, end) in zip(names, pairwise(starts), strict=True)
+        name: torch.arange(start, start + size, dtype=dtype).view(stored[name])
+        for name, start, size in zip(group.names, starts, sizes, strict=False)
     }
     made = _convert(group, model, numbers)
-    del numbers
-    flat = torch.cat([made[key].reshape(-1) for key in keys])
-    ends = list(accumulate(made[key].numel() for key in keys))
-    del made
-    came_out = _inverse(flat, starts[-1], group)
-    return [list(_parts(came_out[start:end], ends, group)) for start, end in pairwise(starts)]
-
-
-def _inverse(numbers: Tensor, size: int, group: _Group) -> Tensor:
-    """Where each number stands; raises MergeError unless each stands there exactly once."""
-    whole = not numbers.is_floating_point() and numbers.numel() == size
-    if whole and size:
-        low, high = torch.aminmax(numbers)
-        whole = int(low) >= 0 and int(high) < size
-    if whole:
-        came_out = torch.full((size,), -1, dtype=torch.int64)
-        came_out[numbers.long()] = torch.arange(size)
-        whole = not bool((came_out < 0).any())
-    if not whole:
+    runs = torch.cat([_runs(made[key].reshape(-1), at, group) for at, key in enumerate(keys)], 1)
+    runs = runs[:, runs[0].argsort()]
+    bounds = torch.searchsorted(runs[0].contiguous(), torch.tensor(starts)).tolist()
+    if (bounds[0], bounds[-1]) != (0, runs.shape[1]):  # numbers that were never given out
         raise _not_moved(group)
-    return came_out
+    return [
+        list(_parts(runs[:, first:end], start, size, group))
+        for (first, end), start, size in zip(pairwise(bounds), starts, sizes, strict=False)
+    ]
 
 
-def _not_moved(group: _Group) -> MergeError:
-    return MergeError(
-        f"{group.names[0]}: loading does not merely move its values into {group.first_key} of the"
-        " live model, so they cannot be written in place; export the merge and load that"
-    )
+def _runs(numbers: Tensor, at: int, group: _Group) -> Tensor:
+    """Runs of consecutive numbers in a flat tensor: [4, r] of number, place, length and `at`."""
+    if numbers.is_floating_point():
+        raise _not_moved(group)
+    breaks = [torch.zeros(1, dtype=torch.int64)]
+    for start in range(0, len(numbers) - 1, _CHUNK):  # whole, the differences would double memory
+        piece = numbers[start : start + _CHUNK + 1]
+        breaks.append((piece[1:] - piece[:-1] != 1).nonzero().view(-1) + (start + 1))
+    places = torch.cat(breaks)
+    lengths = torch.diff(places, append=torch.tensor([len(numbers)]))
+    return torch.stack([numbers[places].long(), places, lengths, torch.full_like(places, at)])
 
 
-def _parts(came_out: Tensor, ends: Sequence[int], group: _Group) -> Iterator[tuple[Any, ...]]:
-    """The parts of one stored tensor; the live tensors follow one another, up to their `ends`."""
-    for at, (start, end) in enumerate(pairwise([0, *ends])):
-        (stored,) = ((came_out >= start) & (came_out < end)).nonzero(as_tuple=True)
-        if not stored.numel():
-            continue
-        walk = torch.stack([stored, came_out[stored] - start])
-        found = _strides(walk)
-        if found is None:
+def _parts(runs: Tensor, start: int, size: int, group: _Group) -> Iterator[tuple[Any, ...]]:
+    """The parts of the stored tensor whose elements are numbered from `start`."""
+    ends = torch.cat([torch.tensor([start]), runs[0] + runs[2]])
+    if not runs.numel() or not torch.equal(ends[:-1], runs[0]) or int(ends[-1]) != start + size:
+        raise _not_moved(group)  # an element is lost, or there twice
+    for at in torch.unique(runs[3]).tolist():
+        number, place, lengths, _ = runs[:, runs[3] == at]
+        step = math.gcd(*torch.unique(lengths).tolist())
+        walk = torch.stack([_steps(number - start, lengths, step), _steps(place, lengths, step)])
+        if (found := _strides(walk)) is None:
             raise _not_moved(group)
         sizes, (stored_strides, live_strides) = found
         first = walk[:, 0].tolist()
-        yield at, sizes, first[0], stored_strides, first[1], live_strides
+        one = (1,)
+        yield at, (*sizes, step), first[0], stored_strides + one, first[1], live_strides + one
+
+
+def _steps(starts: Tensor, lengths: Tensor, step: int) -> Tensor:
+    """Where the pieces of `step` elements start, into which runs are cut."""
+    counts = lengths // step
+    before = counts.cumsum(0) - counts
+    index = torch.arange(int(counts.sum())) - before.repeat_interleave(counts)
+    return starts.repeat_interleave(counts) + index * step
 
 
 def _strides(walk: Tensor) -> tuple[tuple[int, ...], list[tuple[int, ...]]] | None:
@@ -239,3 +245,10 @@ def _strides(walk: Tensor) -> tuple[tuple[int, ...], list[tuple[int, ...]]] | No
         walk = rows[:, :, 0]
     by_row = [tuple(column) for column in zip(*strides, strict=True)] or [(), ()]
     return tuple(sizes), by_row
+
+
+def _not_moved(group: _Group) -> MergeError:
+    return MergeError(
+        f"{group.names[0]}: loading does more than move blocks of its values to {group.first_key}"
+        " of the live model, so they cannot be written in place; export the merge and load that"
+    )

@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import (
+    Chunk,
+    ConversionOps,
+    Interleave,
+    PermuteForRope,
+    Transpose,
+    WeightConverter,
+)
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import MergeError, ShapeMismatch
@@ -112,29 +119,55 @@ class _Permuted(ConversionOps):
         return {target_patterns[0]: rows.t().contiguous()}
 
 
-class _Doubled(ConversionOps):
+class _Computed(ConversionOps):
+    """Something else than moving weights."""
+
     def convert(self, input_dict: Any, target_patterns: Any, **_: Any) -> Any:
         (tensor,) = next(iter(input_dict.values()))
-        return {target_patterns[0]: tensor * 2}
+        return {target_patterns[0]: self.compute(tensor)}
 
 
-class _Shuffled(ConversionOps):
-    def convert(self, input_dict: Any, target_patterns: Any, **_: Any) -> Any:
-        (tensor,) = next(iter(input_dict.values()))
+class _Doubled(_Computed):
+    def compute(self, tensor: Tensor) -> Tensor:
+        return tensor * 2
+
+
+class _Halved(_Computed):
+    def compute(self, tensor: Tensor) -> Tensor:
+        return tensor // 2
+
+
+class _Float(_Computed):
+    def compute(self, tensor: Tensor) -> Tensor:
+        return tensor.float()
+
+
+class _Repeated(_Computed):
+    def compute(self, tensor: Tensor) -> Tensor:
+        return tensor[:1].expand_as(tensor)
+
+
+class _Shuffled(_Computed):
+    def compute(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
-            return {target_patterns[0]: tensor}
+            return tensor
         order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(1))
-        return {target_patterns[0]: tensor.reshape(-1)[order].view(tensor.shape)}
+        return tensor.reshape(-1)[order].view(tensor.shape)
 
 
-def _converted_llama(folder: Path, operation: ConversionOps) -> tuple[Any, Checkpoint]:
-    """A Llama whose files hold `weird`, which transformers is told to convert to `o_proj`."""
+def _converted_llama(
+    folder: Path, operations: list[ConversionOps], targets: tuple[str, ...] = ("o_proj",)
+) -> tuple[Any, Checkpoint]:
+    """A Llama whose files hold `weird`, which transformers is told to convert to `targets`."""
     small_llama.save(folder)
-    rule = WeightConverter("self_attn.weird", "self_attn.o_proj", operations=[operation])
+    patterns = [f"self_attn.{target}.weight" for target in targets]
+    rule = WeightConverter("self_attn.weird", patterns, operations=operations)
     register_checkpoint_conversion_mapping("llama", [rule], overwrite=True)
     stored = load_file(folder / "model.safetensors")
-    weird = {key.replace("o_proj", "weird"): tensor.clone() for key, tensor in stored.items()}
-    save_file(weird, folder / "model.safetensors", metadata={"format": "pt"})
+    for layer in range(2):
+        inputs = [stored.pop(f"model.layers.{layer}.{pattern}") for pattern in patterns]
+        stored[f"model.layers.{layer}.self_attn.weird"] = torch.cat(inputs, dim=-1)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     return small_llama.build(seed=99), Checkpoint.open(str(folder))
 
 
@@ -149,21 +182,39 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapping, "USER_REGISTERED_MAPPINGS", set())
 
 
+ONE, TWO = ("o_proj",), ("k_proj", "v_proj")
+
+
 @pytest.mark.usefixtures("conversions")
-def test_a_permuted_tensor_is_written_where_transformers_loads_it(tmp_path: Path) -> None:
-    live, checkpoint = _converted_llama(tmp_path, _Permuted())
-    expected = _load(tmp_path).state_dict()
+@pytest.mark.parametrize(
+    ("operations", "targets"),
+    [
+        ([_Permuted()], ONE),
+        ([Transpose(0, 1)], ONE),
+        ([Interleave(0)], ONE),
+        ([Interleave(1)], ONE),
+        ([Interleave(0, inverse=True)], ONE),
+        ([PermuteForRope()], ONE),
+        ([Chunk(1)], TWO),
+        ([Interleave(1), Chunk(1)], TWO),
+        ([Chunk(1), PermuteForRope()], TWO),
+    ],
+)
+def test_a_permuted_tensor_is_written_where_transformers_loads_it(
+    tmp_path: Path, operations: list[ConversionOps], targets: tuple[str, ...]
+) -> None:
+    live, checkpoint = _converted_llama(tmp_path, operations, targets)
     for name, target in bind(live, checkpoint).items():
         assert isinstance(target, Scattered) == ("weird" in name)
         target.copy_(checkpoint.tensor(name).view(-1))
-    _assert_same(live.state_dict(), expected)
+    _assert_same(live.state_dict(), _load(tmp_path).state_dict())
 
 
 @pytest.mark.usefixtures("conversions")
-@pytest.mark.parametrize("operation", [_Doubled(), _Shuffled()])
+@pytest.mark.parametrize("operation", [_Doubled(), _Shuffled(), _Halved(), _Repeated(), _Float()])
 def test_a_conversion_that_is_no_rearrangement(tmp_path: Path, operation: ConversionOps) -> None:
-    live, checkpoint = _converted_llama(tmp_path, operation)
-    with pytest.raises(MergeError, match=r"self_attn\.weird\.weight: loading does not merely move"):
+    live, checkpoint = _converted_llama(tmp_path, [operation])
+    with pytest.raises(MergeError, match=r"self_attn\.weird: loading does more than move"):
         bind(live, checkpoint)
 
 
