@@ -24,6 +24,8 @@ from evomerge.merging.stream import AHEAD_BYTES
 _SAMPLE = 48
 """Longest side of a sample tensor."""
 
+_REDUCTIONS = ("aten.sum", "aten.mean", "aten.cumsum", "aten.amax", "aten.amin", "aten.sort")
+
 _SLABS = 4
 """Of the writer, and one for what it holds besides."""
 
@@ -113,7 +115,7 @@ def _cost(method: MergeMethod, coefficients: Coefficients) -> _Cost:
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts floating-point operations: a product of matrices by its sums, a singular value or
-    eigenvalue decomposition by Golub and Van Loan's count, all else one for each result."""
+    eigenvalue decomposition by Golub and Van Loan's count, arithmetic one for each result."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -128,8 +130,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.cubic += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif "svd" in str(packet) or "eigh" in str(packet):
             self.cubic += _decomposition(*args[0].shape[-2:])
-        else:
-            self.linear += sum(map(_results, out if isinstance(out, tuple | list) else (out,)))
+        elif torch.Tag.pointwise in function.tags:
+            self.linear += _elements(out)
+        elif str(packet) in _REDUCTIONS:
+            self.linear += _elements(args[0])
         return out
 
 
@@ -138,6 +142,6 @@ def _decomposition(rows: int, columns: int) -> float:
     return float(6 * long * short**2 + 20 * short**3)
 
 
-def _results(out: Any) -> int:
-    floating = isinstance(out, torch.Tensor) and out.is_floating_point()
-    return int(out.numel()) if floating else 0
+def _elements(tensor: Any) -> int:
+    floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    return int(tensor.numel()) if floating else 0
