@@ -220,7 +220,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; an adapter needs it") from None
+        raise CheckpointError(f"{folder}: has no {ADAPTER_CONFIG}, so it is no adapter") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(document, dict):

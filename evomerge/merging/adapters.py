@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +21,20 @@ from torch import Tensor
 from evomerge.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, Adapter, Factors
 from evomerge.checkpoints.checkpoint import is_finite
 from evomerge.errors import ExportError, MergeError, NonFiniteTensor, ShapeMismatch
+from evomerge.merging.aside import flush, written_aside
+
+_SMALL_FILES = 1 << 20
+"""Room for the config and the header of the weights, in bytes."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What an adapter keeps of one module's change: ‖kept‖² as a share of ‖change‖²."""
+    """What an adapter keeps of one change: ‖kept‖² as a share of ‖change‖².
 
-    module: str
+    `name` is a tensor's of a model, or a module's of adapters.
+    """
+
+    name: str
     rank: int
     share: float
     norm: float
@@ -145,27 +151,27 @@ def write_adapter(
 
     Raises ExportError if the directory exists and is not empty, or cannot be written.
     """
-    if directory.is_symlink() or (directory.exists() and not _is_empty(directory)):
-        raise ExportError(f"{directory}: exists already; give a new folder, or remove it first")
-    parent = directory.absolute().parent
+    check_free(directory)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    needed_bytes = sum(tensor.nbytes for tensor in whole.values()) + _SMALL_FILES
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{directory.name}.", suffix=".partial", dir=parent
-        ) as aside:
-            folder = Path(aside) / directory.name
-            folder.mkdir()
-            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        with written_aside(directory, "adapter", needed_bytes) as aside:
+            weights, settings = aside.folder / ADAPTER_WEIGHTS, aside.folder / ADAPTER_CONFIG
+            save_file(whole, weights, metadata={"format": "pt"})
             text = json.dumps(config, indent=2, sort_keys=True)
-            (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-            folder.replace(directory)
-    except (OSError, SafetensorError) as error:
+            settings.write_text(text + "\n", encoding="utf-8")
+            flush(weights)
+            flush(settings)
+    except SafetensorError as error:
         raise ExportError(f"{directory}: cannot be written: {error}") from error
 
 
-def _is_empty(directory: Path) -> bool:
-    return directory.is_dir() and not any(directory.iterdir())
+def check_free(directory: Path) -> None:
+    """Raise ExportError if the directory exists and is not empty."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        raise ExportError(f"{directory}: exists already; give a new folder, or remove it first")
 
 
 def _named(factors: Factors) -> list[tuple[str, Tensor]]:

@@ -115,7 +115,7 @@ def test_peft_merges_to_the_same_weights(
 
 @pytest.mark.parametrize("rank", [1, 3, 7, 99])
 def test_truncation_is_the_best_of_its_rank(rank: int, trained: list[Path], tmp_path: Path) -> None:
-    kept = {k.module: k for k in _merge(trained, tmp_path / "out", rank=rank)}
+    kept = {k.name: k for k in _merge(trained, tmp_path / "out", rank=rank)}
     merged = _dense(tmp_path / "out")
     for module, exact in _sum(trained).items():
         sigma = torch.linalg.svdvals(exact)
@@ -304,7 +304,7 @@ def test_what_is_kept_is_the_best_of_its_rank(pair: tuple[Checkpoint, Checkpoint
     found = extract(*pair, rank=5)
     base, model = pair
     for change in found.kept:
-        difference = model.tensor(change.module).double() - base.tensor(change.module).double()
+        difference = model.tensor(change.name).double() - base.tensor(change.name).double()
         energy = torch.linalg.svdvals(difference).square()
         assert change.rank == 5
         assert change.share == pytest.approx(float(energy[:5].sum() / energy.sum()), abs=1e-5)
@@ -315,11 +315,11 @@ def test_what_is_kept_is_the_best_of_its_rank(pair: tuple[Checkpoint, Checkpoint
 
 def test_no_more_rank_than_the_energy_asks_for(pair: tuple[Checkpoint, Checkpoint]) -> None:
     found = extract(*pair, rank=30, energy=0.6)
-    every = {c.module: c for c in extract(*pair, rank=30).kept}
+    every = {c.name: c for c in extract(*pair, rank=30).kept}
     assert len({change.rank for change in found.kept}) > 1  # so the config needs patterns
     for change in found.kept:
-        assert 0.6 <= change.share < every[change.module].share
-        one_less = extract(*pair, rank=change.rank - 1, only=f"^{change.module}$")
+        assert 0.6 <= change.share < every[change.name].share
+        one_less = extract(*pair, rank=change.rank - 1, only=f"^{change.name}$")
         assert one_less.kept[0].share < 0.6
 
 
@@ -334,13 +334,13 @@ def test_what_is_left_out_is_told(
     options: dict[str, str], kept: set[str], pair: tuple[Checkpoint, Checkpoint]
 ) -> None:
     found = extract(*pair, rank=2, **options)
-    assert {change.module.split(".")[-2] for change in found.kept} == kept
+    assert {change.name.split(".")[-2] for change in found.kept} == kept
     assert found.whole == []
-    assert {c.module for c in found.kept + found.lost} == {
+    assert {c.name for c in found.kept + found.lost} == {
         name for name in pair[0].names if not torch.equal(*(model.tensor(name) for model in pair))
     }
-    embedding = next(c for c in found.lost if c.module == "model.embed_tokens.weight")
-    exact = torch.dist(*(m.tensor(embedding.module).double() for m in pair))
+    embedding = next(c for c in found.lost if c.name == "model.embed_tokens.weight")
+    exact = torch.dist(*(m.tensor(embedding.name).double() for m in pair))
     assert embedding.norm == pytest.approx(float(exact), rel=1e-6)
     assert found.share < 0.5
 
@@ -353,7 +353,7 @@ def test_experts_are_told_as_lost(tmp_path: Path) -> None:
     merged = small_adapters.merged(base, adapter, tmp_path / "merged")
     found = extract(Checkpoint.open(str(base)), Checkpoint.open(str(merged)), rank=8)
     assert len(found.kept) == 2
-    assert {c.module.split(".")[-2] for c in found.lost} == {"w2"}
+    assert {c.name.split(".")[-2] for c in found.lost} == {"w2"}
     assert len(found.lost) == 8
 
 
