@@ -83,6 +83,65 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_IMAGE = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
+_CLIP = {
+    **_IMAGE,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+}
+# Text and vision configs: the published files of these have other prefixes than the live models.
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": (
+        "Llava",
+        {
+            "text_config": {**_SMALL, "model_type": "llama"},
+            "vision_config": {**_CLIP, "model_type": "clip_vision_model"},
+            "image_token_index": 5,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "text_config": {**_SMALL, "head_dim": 4},
+            "vision_config": _CLIP,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "qwen2_vl": (
+        "Qwen2VL",
+        {
+            "text_config": {
+                **_SMALL,
+                "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]},
+            },
+            "vision_config": {**_IMAGE, "depth": 2, "embed_dim": 16},
+        },
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        {
+            "text_config": {**_SMALL, **_EXPERTS, "head_dim": 4},
+            "vision_config": {
+                **_IMAGE,
+                "depth": 2,
+                "out_hidden_size": 16,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+        },
+    ),
+}
+
+
+def vision(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A random model of images and text of `VISION[name]`."""
+    family, options = VISION[name]
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    return randomised(model, seed, dtype)
+
+
 def causal(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A random causal language model of `CAUSAL[name]`."""
     family, options = CAUSAL[name]

@@ -84,6 +84,38 @@ def _assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, other[key]), key
 
 
+@pytest.mark.parametrize("name", sorted(tiny_models.VISION))
+def test_models_of_images_and_text_are_bound(tmp_path: Path, name: str) -> None:
+    saved, live = (tiny_models.vision(name, seed=seed) for seed in (1, 2))
+    saved.save_pretrained(tmp_path / "new")
+    loaded = type(saved).from_pretrained(tmp_path / "new", dtype="auto")
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("new", "again"):
+        _fill(live, Checkpoint.open(str(tmp_path / folder)))
+        _assert_same(live.state_dict(), saved.state_dict())
+
+
+def test_the_prefixes_of_older_files_of_images_and_text(tmp_path: Path) -> None:
+    saved, live = (tiny_models.vision("llava", seed=seed) for seed in (1, 2))
+    saved.save_pretrained(tmp_path)
+    words = {
+        "model.language_model.": "language_model.model.",
+        "lm_head": "language_model.lm_head",
+        "model.vision": "vision",
+        "model.multi": "multi",
+    }
+    old = {_replaced(key, words): tensor for key, tensor in saved.state_dict().items()}
+    assert not old.keys() & saved.state_dict().keys()
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _fill(live, Checkpoint.open(str(tmp_path)))
+    _assert_same(live.state_dict(), saved.state_dict())
+
+
+def _fill(live: Any, checkpoint: Checkpoint) -> None:
+    for name, target in bind(live, checkpoint).items():
+        target.copy_(checkpoint.tensor(name).view(-1))
+
+
 def test_an_expert_of_the_checkpoint_is_a_region_of_the_fused_experts(tmp_path: Path) -> None:
     live = tiny_models.causal("mixtral")
     live.save_pretrained(tmp_path)
@@ -235,8 +267,7 @@ def test_legacy_names(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(tmp_path))
     assert any(name.endswith("gamma") for name in checkpoint.names)
     live = tiny_models.randomised(BertForMaskedLM(config), 2)
-    for name, target in bind(live, checkpoint).items():
-        target.copy_(checkpoint.tensor(name).view(-1))
+    _fill(live, checkpoint)
     _assert_same(live.state_dict(), old.state_dict())
 
 
