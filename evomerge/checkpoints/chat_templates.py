@@ -76,7 +76,7 @@ _MISTRAL = (
     "{%- if message['role'] == 'system' -%}"
     "{%- set spoken.system = message['content'] + '\\n\\n' -%}"
     "{%- elif message['role'] == 'user' -%}"
-    "{{ '[INST] ' + spoken.system + message['content'] + ' [/INST]' }}"
+    "{{ ' [INST] ' + spoken.system + message['content'] + ' [/INST]' }}"
     "{%- set spoken.system = '' -%}"
     "{%- else -%}"
     "{{ ' ' + message['content'] + eos_token }}"

@@ -52,7 +52,7 @@ FORMATS = {
         "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>",
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
-    "mistral": ("<s>[INST] Hi [/INST] Hello!</s>[INST] Bye [/INST]", ""),
+    "mistral": ("<s> [INST] Hi [/INST] Hello!</s> [INST] Bye [/INST]", ""),
 }
 WITH_SYSTEM = {
     "alpaca": "Be brief.\n\n### Instruction:\nHi\n\n",
@@ -60,7 +60,7 @@ WITH_SYSTEM = {
     "exaone": "[|system|]Be brief.[|endofturn|]\n[|user|]Hi\n",
     "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
-    "mistral": "<s>[INST] Be brief.\n\nHi [/INST]",
+    "mistral": "<s> [INST] Be brief.\n\nHi [/INST]",
 }
 
 

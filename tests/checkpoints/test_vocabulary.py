@@ -27,12 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three models: shared, own and pairwise tokens, other ids, one padded to 400 rows."""
     root = tmp_path_factory.mktemp("models")
     small_tokenizers.save(
-        root / "sea", small_tokenizers.train("bpe", "sea"), added=["<|sea|>"], seed=0
+        root / "sea", small_tokenizers.train("bpe", "sea"), added=["<|sea|>", "<|pair|>"], seed=0
     )
     code = small_tokenizers.train("bpe", "code", special=("<pad>", *small_tokenizers.SPECIAL))
     small_tokenizers.save(root / "code", code, added=["<|code|>", "<|both|>"], rows=400, seed=1)
     third = small_tokenizers.train("bpe", "code", size=300)
-    small_tokenizers.save(root / "third", third, added=["<|both|>"], seed=2)
+    small_tokenizers.save(root / "third", third, added=["<|both|>", "<|pair|>"], seed=2)
     small_tokenizers.permute(root / "code", root / "permuted")
     return root
 
@@ -147,6 +147,7 @@ def test_a_missing_token_has_the_bases_row_then_the_owners_then_their_mean(model
     at = vocabulary.ids
     assert torch.equal(aligned["code"][at["<|sea|>"]], _row(models["base"], "<|sea|>"))
     assert torch.equal(aligned["base"][at["<|code|>"]], _row(models["code"], "<|code|>"))
+    assert torch.equal(aligned["code"][at["<|pair|>"]], _row(models["base"], "<|pair|>"))
     mean = (_row(models["code"], "<|both|>") + _row(models["third"], "<|both|>")) / 2
     assert torch.equal(aligned["base"][at["<|both|>"]], mean)
     assert torch.equal(aligned["third"][at["<|both|>"]], _row(models["third"], "<|both|>"))
@@ -156,13 +157,8 @@ def test_without_a_base_the_mean_of_the_owners_stands_in(folder: Path) -> None:
     models = {n: Checkpoint.open(str(folder / n)) for n in ("sea", "code", "third")}
     vocabulary = plan_vocabulary(UNION, models)
     assert vocabulary.donor == "sea"
-    token = next(
-        t
-        for t in sorted(_ids(models["code"]).keys() & _ids(models["sea"]).keys())
-        if t not in _ids(models["third"])
-    )
-    mean = (_row(models["sea"], token) + _row(models["code"], token)) / 2
-    assert torch.equal(_whole(vocabulary, models)["third"][vocabulary.ids[token]], mean)
+    mean = (_row(models["sea"], "<|pair|>") + _row(models["third"], "<|pair|>")) / 2
+    assert torch.equal(_whole(vocabulary, models)["code"][vocabulary.ids["<|pair|>"]], mean)
 
 
 @pytest.mark.parametrize("source", ["base", "union", "intersection", "third"])
