@@ -200,7 +200,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("evomerge.merging.adapters.save_file", full)
-    with pytest.raises(ExportError, match="No space left"):
+    with pytest.raises(ExportError, match="does not fit on the disk"):
         write_adapter(tmp_path / "out", {}, {"a": torch.ones(1)})
     assert list(tmp_path.iterdir()) == []
 
