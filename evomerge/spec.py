@@ -98,10 +98,16 @@ class Budget(_Section):
 
 
 class Evaluation(_Section):
-    """How a candidate is run. `dtype: auto` is the base's; a merged model is rounded to it once."""
+    """How a candidate is run. `dtype: auto` is the base's; a merged model is rounded to it once.
+
+    `share_context` runs what requests begin with once for all of them: `auto` in float32 only,
+    where no outcome depends on it; `true` also in half precision, where rounding may decide
+    between near choices otherwise than lm-eval's own; `false` never.
+    """
 
     dtype: Dtype = "auto"
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    share_context: Literal["auto"] | bool = "auto"
     device: str = "auto"
 
 
@@ -197,7 +203,8 @@ class StudySpec(_Section):
 def locate(path: str | None, folder: Path) -> str | None:
     """Make a path absolute: from the spec's folder, else from the working directory.
 
-    What is in neither place is left as it is: it may be the name of a model on the hub.
+    What is in neither place is left as it is: it may be the name of a model on the hub. Of
+    `MODEL+ADAPTER` each side is looked for.
     """
     if path is None:
         return None
@@ -205,7 +212,8 @@ def locate(path: str | None, folder: Path) -> str | None:
         candidate = root / Path(path).expanduser()
         if candidate.exists():
             return os.path.normpath(candidate)
-    return path
+    model, plus, adapter = path.partition("+")
+    return f"{locate(model, folder)}+{locate(adapter, folder)}" if plus else path
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -305,6 +313,8 @@ def _expected(fault: Any) -> str:
         "int_from_float": "a whole number",
         "float_parsing": "a number",
         "float_type": "a number",
+        "bool_parsing": "true or false",
+        "bool_type": "true or false",
     }
     message = str(fault["msg"]).removeprefix("Input should be ")
     if message.startswith(("greater", "less")):
@@ -313,7 +323,7 @@ def _expected(fault: Any) -> str:
 
 
 # what pydantic puts into an error's location beside keys: the tried branch of a union, for one
-_NO_KEYS = {"[key]", "literal['auto']", "constrained-int", "str", "dict[str,any]", "int"}
+_NO_KEYS = {"[key]", "literal['auto']", "constrained-int", "str", "dict[str,any]", "int", "bool"}
 
 
 def _known_keys(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:

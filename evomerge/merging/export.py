@@ -206,7 +206,8 @@ def _write_companions(merge: Merge, recipe: Recipe, folder: Path) -> None:
     config = dict(merge.anchor.config)
     if recipe.dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.dtype
-    _write_text(folder / "config.json", json.dumps(config, indent=2))
+    if config:  # a raw state dict has none
+        _write_text(folder / "config.json", json.dumps(config, indent=2))
     _write_text(folder / RECIPE_FILE, json.dumps(recipe.to_json(), indent=2))
     _write_text(folder / "README.md", model_card(recipe))
     for path in _companions(merge.donor):

@@ -6,13 +6,14 @@ lines of text. Knows no merge method and no recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.files import find_folder, read_config
 from evomerge.errors import CheckpointError
+from evomerge.merging.values import is_layer_range
 from evomerge.spec import locate, nearest
 
 Rules = list[tuple[str | None, Any]]
@@ -33,13 +34,28 @@ _KEYS = (
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+Layers = tuple[int, int]
+
+
+@dataclass(frozen=True, order=True)
+class Use:
+    """A model where a file names it: for the `number`-th time within one slice."""
+
+    path: str
+    number: int = 1
+
+
 @dataclass(frozen=True)
 class Slice:
-    """A run of layers (None: all of them): each model's own parameters, and the slice's."""
+    """A run of layers of the result (None: all of them): its models' parameters, and its own.
+
+    `models` are each model's place in the file and parameters, `runs` the layers that it has there.
+    """
 
     where: str
-    layers: tuple[int, int] | None
-    models: Mapping[str, tuple[str, Mapping[str, Any]]]
+    layers: Layers | None
+    models: Mapping[Use, tuple[str, Mapping[str, Any]]]
+    runs: Mapping[Use, Layers]
     parameters: Mapping[str, Any]
     base: str | None
 
@@ -77,51 +93,49 @@ def _tokenizer_faults(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def read_slices(document: Mapping[str, Any], folder: Path, faults: list[str]) -> list[Slice]:
-    """The slices of a file, in order; adds to `faults` whatever is not one stack of layers."""
+    """The slices of a file, in order, as they lie in the result."""
     given = [key for key in _LAYOUTS if document.get(key) is not None]
     if len(given) != 1:
         faults.append(f"expected one of models and slices, got {' and '.join(given) or 'neither'}")
         return []
     if given == ["models"]:
-        models = _sources("models", document["models"], folder, faults)
-        return [Slice("", None, models, {}, None)]
+        models, _ = _sources("models", document["models"], folder, faults)
+        return [Slice("", None, models, {}, {}, None)]
     if given == ["slices"]:
         return _stack(document["slices"], folder, faults)
     return []
 
 
+def is_whole(slices: Sequence[Slice]) -> bool:
+    """Whether the result is made of all layers of its models, each where it was.
+
+    If not, it is another architecture: a stack of layers of the models.
+    """
+    first = slices[0]
+    for part in slices:
+        if set(part.models) != set(first.models) or any(use.number > 1 for use in part.models):
+            return False
+        if any(run != part.layers for run in part.runs.values()):
+            return False
+    end = slices[-1].layers
+    return end is None or _layer_count(first) in (None, end[1])
+
+
 def _stack(entries: Any, folder: Path, faults: list[str]) -> list[Slice]:
-    """The slices of a file, refused unless they are one stack of the models' own layers."""
     if not isinstance(entries, list) or not entries:
         faults.append("slices: expected a list")
         return []
-    count = len(faults)
-    slices = [_slice(f"slices.{i}", entry, folder, faults) for i, entry in enumerate(entries)]
-    if len(faults) > count:
-        return []
-    stack = [part for part in slices if part is not None]
+    stack: list[Slice] = []
     end = 0
-    for part in stack:
-        assert part.layers is not None
-        if part.layers[0] != end:
-            faults.append(f"{part.where}: {_FRANKENMERGE.format(end, part.layers[0])}")
-            return stack
-        end = part.layers[1]
-        if set(part.models) != set(stack[0].models):
-            faults.append(f"{part.where}.sources: other models than in slices.0; list all of them")
-    layers = _layer_count(stack[0])
-    if layers is not None and layers != end:
-        faults.append(f"{stack[-1].where}: the slices end at layer {end}, the models have {layers}")
-    return stack
+    for index, entry in enumerate(entries):
+        part = _slice(f"slices.{index}", entry, end, folder, faults)
+        if part is not None and part.layers is not None:
+            stack.append(part)
+            end = part.layers[1]
+    return stack if len(stack) == len(entries) else []
 
 
-_FRANKENMERGE = (
-    "expected to begin at layer {0}, begins at {1}; slices that repeat, skip or move layers make "
-    "another architecture, which is not supported"
-)
-
-
-def _slice(where: str, entry: Any, folder: Path, faults: list[str]) -> Slice | None:
+def _slice(where: str, entry: Any, start: int, folder: Path, faults: list[str]) -> Slice | None:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("sources"), list):
         faults.append(f"{where}: expected a mapping with `sources`")
         return None
@@ -131,28 +145,21 @@ def _slice(where: str, entry: Any, folder: Path, faults: list[str]) -> Slice | N
             faults.append(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
     if entry.get("residual_weight") is not None:
         faults.append(f"{where}.residual_weight: not supported; remove it")
-    ranges = {
-        tuple(source["layer_range"])
-        for source in entry["sources"]
-        if isinstance(source, Mapping) and _is_range(source.get("layer_range"))
-    }
-    models = _sources(f"{where}.sources", entry["sources"], folder, faults, ranged=True)
-    if len(ranges) != 1:
-        faults.append(f"{where}.sources: expected one layer_range for all, [first, end]")
+    models, runs = _sources(f"{where}.sources", entry["sources"], folder, faults, ranged=True)
+    lengths = {end - first for first, end in runs.values()}
+    if len(runs) != len(models) or len(lengths) != 1:
+        faults.append(f"{where}.sources: expected layer_range [first, end] of one length for all")
         return None
     base = entry.get("base_model")
     base = None if base is None else read_model(f"{where}.base_model", base, folder, faults)
-    return Slice(where, ranges.pop(), models, entry.get("parameters") or {}, base)
-
-
-def _is_range(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
+    layers = (start, start + lengths.pop())
+    return Slice(where, layers, models, runs, entry.get("parameters") or {}, base)
 
 
 def _layer_count(part: Slice) -> int | None:
     """The number of layers of the first model, None if its config cannot be had or says nothing."""
     try:
-        config = read_config(find_folder(next(iter(part.models))))
+        config = read_config(find_folder(next(iter(part.models)).path))
     except CheckpointError:
         return None  # opening the checkpoint will say why
     inner = config.get("text_config") or config
@@ -162,13 +169,14 @@ def _layer_count(part: Slice) -> int | None:
 
 def _sources(
     where: str, entries: Any, folder: Path, faults: list[str], *, ranged: bool = False
-) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Each model with its place in the file and its own parameters."""
+) -> tuple[dict[Use, tuple[str, Mapping[str, Any]]], dict[Use, Layers]]:
+    """Each model with its place in the file and its own parameters, and its layers."""
+    models: dict[Use, tuple[str, Mapping[str, Any]]] = {}
+    runs: dict[Use, Layers] = {}
     if not isinstance(entries, list) or not entries:
         faults.append(f"{where}: expected a list of models")
-        return {}
+        return models, runs
     known = ("model", "parameters", "layer_range") if ranged else ("model", "parameters")
-    models: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for index, entry in enumerate(entries):
         place = f"{where}.{index}"
         if not isinstance(entry, Mapping) or "model" not in entry:
@@ -179,41 +187,40 @@ def _sources(
             for key in entry
             if key not in known
         ]
-        model = read_model(f"{place}.model", entry["model"], folder, faults)
-        if model in models:
+        path = read_model(f"{place}.model", entry["model"], folder, faults)
+        if path is None:
+            continue
+        use = Use(path, 1 + sum(other.path == path for other in models))
+        if use.number > 1 and not ranged:
             faults.append(f"{place}.model: {entry['model']!r} is listed twice")
-        elif model is not None:
-            models[model] = (place, entry.get("parameters") or {})
-    return models
+            continue
+        models[use] = (place, entry.get("parameters") or {})
+        if ranged and is_layer_range(entry.get("layer_range")):
+            first, end = entry["layer_range"]
+            runs[use] = (first, end)
+    return models, runs
 
 
 def read_model(where: str, entry: Any, folder: Path, faults: list[str]) -> str | None:
-    """A path or the name of a model on the hub, as `ModelRef` wants it."""
-    revision = None
+    """A path, MODEL+ADAPTER or the name of a model on the hub, as `ModelRef` wants it."""
+    model, adapter = entry, None
     if isinstance(entry, Mapping):
-        inner = entry.get("model")
-        revision = inner.get("revision") if isinstance(inner, Mapping) else None
-        adapter = entry.get("lora")
-        entry = inner.get("path") if isinstance(inner, Mapping) else inner
-        if adapter is not None:
-            entry = f"{entry}+{adapter}"
-    if not isinstance(entry, str):
+        model, adapter = entry.get("model"), entry.get("lora")
+    parts = [_named(model), *([_named(adapter)] if adapter is not None else [])]
+    if None in parts:
         faults.append(f"{where}: expected a path or the name of a model on the hub, got {entry!r}")
         return None
-    found = locate(entry, folder) or entry
-    if found != entry or Path(entry).exists():
-        return found
-    if "+" in entry:
-        faults.append(
-            f"{where}: {entry!r} is a model with a LoRA adapter, which is not supported; merge the "
-            "adapter into its model first (peft: merge_and_unload)"
-        )
-    elif "@" in entry or revision is not None:
-        faults.append(
-            f"{where}: {entry!r} names a revision, which is not supported; download that revision "
-            "and give its folder"
-        )
-    return found
+    return locate("+".join(part for part in parts if part), folder)
+
+
+def _named(entry: Any) -> str | None:
+    """A name, or {path, revision}, as name or name@revision."""
+    if not isinstance(entry, Mapping):
+        return entry if isinstance(entry, str) else None
+    path, revision = entry.get("path"), entry.get("revision")
+    if not isinstance(path, str):
+        return None
+    return path if revision is None else f"{path}@{revision}"
 
 
 def read_setting(where: str, setting: Any, faults: list[str]) -> Rules:

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evomerge.merging.mergekit_stack import Rules
+from evomerge.merging.mergekit_stack import Layers, Rules
 from evomerge.merging.values import Value
 
-Layers = tuple[int, int]
 
+def joined(ranges: Sequence[Layers | None], per_slice: Sequence[Rules], *, alone: bool) -> Value:
+    """One value for slices of a stack: `ranges` are their layers, None those of the models.
 
-def joined(ranges: Sequence[Layers | None], per_slice: Sequence[Rules]) -> Value:
-    """One value for a whole stack: `ranges` are the slices' layers, None those of the models."""
+    `alone` says that there is one slice in all, so that depth within it is depth.
+    """
     first, last = per_slice[0], per_slice[-1]
     varies = any(isinstance(value, list) for _, value in first)
-    if len(ranges) == 1 or (not varies and all(rules == first for rules in per_slice)):
+    if alone or (not varies and all(rules == first for rules in per_slice)):
         return _whole(first, ranges[0])
     value = [_rule(wanted, _at_start(v), type="embedding", layers="none") for wanted, v in first]
     for layers, rules in zip(ranges, per_slice, strict=True):

@@ -21,8 +21,11 @@ from evomerge.merging.mergekit_methods import (
     is_mergekit,
 )
 from evomerge.merging.mergekit_stack import (
+    Layers,
     Rules,
     Slice,
+    Use,
+    is_whole,
     read_model,
     read_setting,
     read_slices,
@@ -31,7 +34,7 @@ from evomerge.merging.mergekit_stack import (
 from evomerge.merging.mergekit_values import joined
 from evomerge.merging.methods import registry
 from evomerge.merging.methods.base import Parameter
-from evomerge.merging.recipe import ModelRef, Recipe, Source
+from evomerge.merging.recipe import BASE, ModelRef, Recipe, Source
 from evomerge.merging.values import Value
 from evomerge.spec import nearest
 
@@ -76,25 +79,35 @@ class _Reader:
         self._base = None if base is None else read_model("base_model", base, folder, faults)
 
     def recipe(self) -> Recipe:
-        models = self._models()
-        self._check_bases(models)
-        self._check_names(models)
-        names = dict(zip(models, _names(models), strict=True))
+        uses = self._uses()
+        self._check_bases(uses)
+        self._check_names(uses)
+        names = dict(zip(uses, _names(uses), strict=True))
         own = {
-            names[model]: {
+            use: {
                 name: value
                 for name in self._method.source
-                if (value := self._value(name, model)) is not None
+                if (value := self._value(name, use)) is not None
             }
-            for model in models
+            for use in uses
         }
         return Recipe(
             method=self._method_here,
             base=ModelRef(self._base) if self._base else None,
-            sources=tuple(Source(names[m], ModelRef(m), own[names[m]]) for m in models),
+            sources=tuple(Source(names[use], ModelRef(use.path), own[use]) for use in uses),
             parameters=self._shared(),
             dtype=self._document.get("out_dtype") or self._document.get("dtype"),
+            slices=() if is_whole(self._slices) else tuple(self._runs(names)),
         )
+
+    def _runs(self, names: Mapping[Use, str]) -> Iterator[dict[str, Layers]]:
+        """For each slice the layers of its models; the base's under the name it has in slices."""
+        for part in self._slices:
+            runs = {names[use]: run for use, run in part.runs.items() if use in names}
+            starts = self._base is not None and self._method.base == "start"
+            if starts and (run := part.runs.get(Use(str(self._base)))) is not None:
+                runs[BASE] = run
+            yield runs
 
     def _shared(self) -> dict[str, Value]:
         """The merge's own parameters, with those that mergekit decides for its user."""
@@ -115,24 +128,25 @@ class _Reader:
             shared["origin"] = "base" if start else "zero"
         return shared
 
-    def _models(self) -> list[str]:
+    def _uses(self) -> list[Use]:
         """The merged models in the order of the recipe."""
-        listed = list(self._slices[0].models)
-        base, role = self._base, self._method.base
-        if base is None:
-            if role == "first":
+        listed = list(dict.fromkeys(use for part in self._slices for use in part.models))
+        if self._base is None:
+            if self._method.base == "first":
                 self._faults.append(f"base_model: {self._name} starts from it; name one of the two")
             return listed
+        base, role = Use(self._base), self._method.base
         if role == "first":
-            return [base, *(model for model in listed if model != base)]
+            return [base, *(use for use in listed if use != base)]
         if role == "model":
             # to mergekit the base is one more model of the average
             return listed if base in listed else [base, *listed]
-        return [model for model in listed if model != base]
+        return [use for use in listed if use != base]
 
-    def _check_bases(self, models: Sequence[str]) -> None:
+    def _check_bases(self, uses: Sequence[Use]) -> None:
+        paths = [use.path for use in uses]
         for part in self._slices:
-            swapped = self._method.base == "first" and part.base in models
+            swapped = self._method.base == "first" and part.base in paths
             if part.base not in (None, self._base) and not swapped:
                 self._faults.append(
                     f"{part.where}.base_model: differs from the others; a recipe has one base"
@@ -140,15 +154,15 @@ class _Reader:
         if len(self._slices) == 1 and self._slices[0].layers is None:
             return
         for part in self._slices:
-            if self._base is not None and self._base not in part.models:
+            if self._base is not None and Use(self._base) not in part.models:
                 self._faults.append(
                     f"{part.where}.sources: base_model is not among them; mergekit wants it there"
                 )
 
-    def _check_names(self, models: Sequence[str]) -> None:
+    def _check_names(self, uses: Sequence[Use]) -> None:
         """A parameter that mergekit would read without a word and drop."""
         source, recipe = self._method.source, self._method.recipe
-        for where, entry, own in self._places(models):
+        for where, entry, own in self._places(uses):
             for name in entry:
                 if name in self._method.unused or (name in recipe and not own):
                     continue
@@ -165,40 +179,46 @@ class _Reader:
                         f"it; remove it{nearest(name, [*source, *recipe])}"
                     )
 
-    def _places(self, models: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    def _places(self, uses: Sequence[Use]) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
         yield "parameters", self._document.get("parameters") or {}, False
         for part in self._slices:
             yield f"{part.where}.parameters".lstrip("."), part.parameters, False
-            for model, (where, own) in part.models.items():
-                if model in models:
+            for use, (where, own) in part.models.items():
+                if use in uses:
                     yield f"{where}.parameters", own, True
 
-    def _value(self, name: str, model: str | None) -> Value:
+    def _value(self, name: str, use: Use | None) -> Value:
         """Our value of one of mergekit's parameters; None where there is none to write."""
         default = self._method.source.get(name, self._method.recipe.get(name))
-        per_slice = [self._rules(part, name, model, default) for part in self._slices]
+        parts = [part for part in self._slices if use is None or self._takes_part(use, part)]
+        per_slice = [self._rules(part, name, use, default) for part in parts]
         if any(rules is None for rules in per_slice):
             return None
-        ranges = [part.layers for part in self._slices]
-        value = joined(ranges, [rules for rules in per_slice if rules is not None])
+        ranges = [part.layers for part in parts]
+        rules = [rules for rules in per_slice if rules is not None]
+        value = joined(ranges, rules, alone=len(self._slices) == 1)
         return self._converted(name, value, default)
 
-    def _rules(self, part: Slice, name: str, model: str | None, default: Any) -> Rules | None:
+    def _takes_part(self, use: Use, part: Slice) -> bool:
+        """Whether a model is merged in a slice; a base that is one of the models always is."""
+        return use in part.models or (part.layers is None and use.path == self._base)
+
+    def _rules(self, part: Slice, name: str, use: Use | None, default: Any) -> Rules | None:
         """The rules that hold within a slice: the most specific place first."""
-        where, own = part.models.get(model or "", (part.where, {}))
+        where, own = part.models.get(use, (part.where, {})) if use else (part.where, {})
         places = [
             (f"{where}.parameters.{name}", own),
             (f"{part.where}.parameters.{name}".lstrip("."), part.parameters),
             (f"parameters.{name}", self._document.get("parameters") or {}),
         ]
         rules: Rules = []
-        for place, entry in places if model else places[1:]:
+        for place, entry in places if use else places[1:]:
             if entry.get(name) is not None and (not rules or rules[-1][0] is not None):
                 rules += read_setting(place, entry[name], self._faults)
         if rules and rules[-1][0] is None:
             return self._turned(part, name, rules)
         if default is REQUIRED:
-            who = f"{where or model}: " if model else ""
+            who = f"{where or use.path}: " if use else ""
             self._faults.append(
                 f"{who}{self._name} needs {name!r}"
                 + (" for every tensor: end its filters with a bare value" if rules else "")
@@ -245,11 +265,11 @@ def _method(document: Mapping[str, Any], faults: list[str]) -> MergekitMethod | 
     return None
 
 
-def _names(models: Sequence[str]) -> list[str]:
+def _names(uses: Sequence[Use]) -> list[str]:
     """A short name for each model: the last part of its path, made unique."""
     names: list[str] = []
-    for model in models:
-        stem = Path(model).name or "model"
+    for use in uses:
+        stem = Path(use.path.rpartition("+")[2]).name or "model"
         name, number = stem, 2
         while name in names:
             name, number = f"{stem}_{number}", number + 1

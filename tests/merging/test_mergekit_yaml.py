@@ -211,6 +211,62 @@ def test_a_slices_own_parameters_and_one_slice_for_all(read: Any) -> None:
     assert course(recipe, "t", "mlp") == [0, 0, 0.25, 0.5, 0.75, 1, 0, 0]
 
 
+def test_layers_of_two_models_stacked(read: Any, tmp_path: Path) -> None:
+    recipe = read("""
+slices:
+- sources: [{model: a, layer_range: [0, 3]}]
+- sources: [{model: b, layer_range: [1, 4]}]
+- sources: [{model: b, layer_range: [2, 5], parameters: {scale: [{filter: down, value: 0}]}}]
+merge_method: passthrough
+dtype: float32
+parameters: {scale: 1.0}
+""")
+    assert [source.model.path for source in recipe.sources] == [str(tmp_path / n) for n in "ab"]
+    assert recipe.slices == ({"a": (0, 3)}, {"b": (1, 4)}, {"b": (2, 5)})
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(9)]
+    places = layout(names)
+    part = Recipe("passthrough", None, recipe.sources[1:])
+    scales = [coefficients(part, places[n], (4,)).source["scale"] for n in names[3:]]
+    assert scales == [(1,)] * 3 + [(0,)] * 3
+
+
+def test_a_stack_of_merges_with_a_gradient_in_one_slice(read: Any) -> None:
+    """Depth runs over the slice, wherever in the result that lies."""
+    recipe = read("""
+slices:
+- sources: [{model: base, layer_range: [0, 2]}, {model: a, layer_range: [0, 2]}]
+- sources:
+  - {model: base, layer_range: [1, 4]}
+  - {model: a, layer_range: [2, 5], parameters: {weight: [0.0, 1.0]}}
+  - {model: a, layer_range: [0, 3], parameters: {weight: 0.5}}
+merge_method: task_arithmetic
+base_model: base
+parameters: {weight: 2}
+""")
+    assert recipe.slices == (
+        {"base": (0, 2), "a": (0, 2)},
+        {"base": (1, 4), "a": (2, 5), "a_2": (0, 3)},
+    )
+    assert course(recipe, "weight", "mlp", "a")[1:6] == [2.0, 2.0, 0.0, 0.5, 1.0]
+    assert course(recipe, "weight", "mlp", "a_2")[3:6] == [0.5] * 3
+
+
+def test_adapters_and_revisions_are_models(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    recipe = read(
+        "models: [{model: a+lora}, {model: {model: {path: b}, lora: {path: lora}}},"
+        " {model: org/far@v1}, {model: {model: {path: org/far, revision: v2}}}]\n"
+        f"parameters: {{weight: 1}}\n{TO_BASE}ties"
+    )
+    assert [source.model.path for source in recipe.sources] == [
+        f"{tmp_path / 'a'}+{tmp_path / 'lora'}",
+        f"{tmp_path / 'b'}+{tmp_path / 'lora'}",
+        "org/far@v1",
+        "org/far@v2",
+    ]
+    assert [source.name for source in recipe.sources] == ["lora", "lora_2", "far@v1", "far@v2"]
+
+
 def test_slerp_whose_slices_start_from_either_model(read: Any) -> None:
     text = """
 slices:
@@ -276,22 +332,20 @@ WEIGHTED = "models: [{model: a, parameters: {weight: 1}}]\n"
             "models.0.parameters.lambda: belongs to the merge",
         ),
         (
-            f"models: [{{model: a+x, parameters: {{weight: 1}}}}]\n{TO_BASE}ties",
-            "models.0.model: 'a+x' is a model with a LoRA adapter",
-        ),
-        (
-            f"models: [{{model: o/a@main, parameters: {{weight: 1}}}}]\n{TO_BASE}ties",
-            "models.0.model: 'o/a@main' names a revision",
+            f"models: [{{model: {{path: [a]}}, parameters: {{weight: 1}}}}]\n{TO_BASE}ties",
+            "models.0.model: expected a path",
         ),
         (f"{WEIGHTED}slices: []\n{TO_BASE}ties", "expected one of models and slices, got models a"),
         (f"models: [{{model: a}}, {{model: a}}]\n{TO_BASE}ties", "models.1.model: 'a' is listed"),
-        (f"{SLICES.replace('[2, 3]', '[1, 3]')}{TO_BASE}ties", "slices.1: expected to begin at"),
-        (f"{SLICES.replace('[3, 5]', '[3, 4]')}{TO_BASE}ties", "end at layer 4, the models have 5"),
+        (
+            f"{SLICES.replace('a, layer_range: [2, 3]', 'a, layer_range: [1, 3]')}{TO_BASE}ties",
+            "slices.1.sources: expected layer_range [first, end] of one length for all",
+        ),
+        (f"{SLICES.replace('[3, 5]', '[5, 3]')}{TO_BASE}ties", "slices.2.sources: expected layer"),
         (
             f"{SLICES.replace('{model: base, layer_range: [2, 3]}', '')}{TO_BASE}ties",
             "slices.1.sources",
         ),
-        (f"{WEIGHTED}{TO_BASE}passthrough", "merge_method: 'passthrough' is not supported"),
         ("models: [{model: a}, {model: b}]\nmerge_method: slerp\nparameters: {t: 1}", "base_model"),
         (f"models: [{{model: a}}]\n{TO_BASE}slerp", "slerp needs 't'"),
         (
@@ -313,7 +367,7 @@ def test_what_is_refused_and_how(text: str, problem: str, read: Any) -> None:
 
 
 def test_every_problem_in_one_go(read: Any) -> None:
-    text = f"models: [{{model: a+x}}, {{mode: b}}]\nchat_template: auto\ndtype: int4\n{TO_BASE}tis"
+    text = f"models: [{{model: 3}}, {{mode: b}}]\nchat_template: auto\ndtype: int4\n{TO_BASE}tis"
     with pytest.raises(SpecError) as caught:
         read(text.replace("dtype: float32\n", ""))
     assert len(caught.value.problems) == 5
