@@ -292,7 +292,7 @@ def test_another_width_is_refused(models, tmp_path: Path) -> None:
         tmp_path / "wide", small_tokenizers.train("bpe", "code"), hidden_size=16
     )
     wider = {**models, "code": Checkpoint.open(str(wide))}
-    with pytest.raises(ShapeMismatch, match=r"embed_tokens.weight: 'base' is \[316, 8\], 'code'"):
+    with pytest.raises(ShapeMismatch, match=r"embed_tokens.weight: 'base' is \[\d+, 8\], 'code'"):
         _aligned(plan_vocabulary(UNION, wider), wider)
 
 
