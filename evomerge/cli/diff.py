@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.checkpoints import progress_bar
+from evomerge.cli.bars import progress_bar
 from evomerge.cli.options import AsJson, print_json
 from evomerge.errors import SpecError, UserError
 
