@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib.util
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evomerge.merging.kernels.program import Draw, Program, Row
-from evomerge.merging.methods.selection import KEEP_ALL, KEEP_NONE
+from evomerge.merging.methods.election import tie_sign
+from evomerge.merging.methods.selection import KEEP_ALL, KEEP_NONE, Cut
 
 BLOCK = 1024
 """Elements per program instance: 8 per thread, which are 16 bytes of a 16-bit dtype."""
@@ -30,12 +32,24 @@ _LIMITS = {
 _ROWS_IN_REGISTERS = 8
 """More rows than this and a thread takes half as many elements."""
 
+_SPAN = 1 << 24
+"""Elements in which a cut's last element is sought at a time."""
+
 _NO_DRAW = Draw(key=0, threshold=0)
 
 
 def available() -> bool:
     """Whether this process has a CUDA device and Triton."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def reads(*operands: Tensor | None) -> bool:
+    """Whether the kernels can read (or write) these tensors."""
+    return available() and all(
+        operand.is_cuda and operand.dtype in _LIMITS and operand.is_contiguous()
+        for operand in operands
+        if operand is not None
+    )
 
 
 def run(
@@ -49,10 +63,12 @@ def run(
 
     Shapes: base [n] (None where the program does not read it), sources s times [n], contiguous and
     on one device, each float32, float16 or bfloat16; out [n] likewise is written, rounded once, to
-    nearest even. `start` is the flat index of the first element. Waits for the device.
+    nearest even. `start` is the flat index of the first element. Waits for the device. A program
+    that is not settled takes a pass more over the operands for its balance, and several for each
+    cut that is not located.
     """
     flag = new_flag(out)
-    enqueue(program, base, sources, out, flag, start)
+    enqueue(settled(program, base, sources, start), base, sources, out, flag, start)
     return not flag.any()
 
 
@@ -69,7 +85,10 @@ def enqueue(
     flag: Tensor,
     start: int = 0,
 ) -> None:
-    """As `run`, without waiting: `flag` becomes 1 if a result is not finite, else stays."""
+    """As `run`, without waiting: `flag` becomes 1 if a result is not finite, else stays.
+
+    The program must be `settled`.
+    """
     if not program.rows and program.copies is None and program.origin == "zero":
         out.zero_()
         return
@@ -85,8 +104,44 @@ def enqueue(
             *_arguments(program, base, sources, start),
             AGGREGATE=_aggregate(program),
             LIMIT=_LIMITS[out.dtype],
-            **_launch(program),
+            **_launch(program, start),
         )
+
+
+def settled(
+    program: Program, base: Tensor | None, sources: Sequence[Tensor], start: int = 0
+) -> Program:
+    """The program with every cut located and the sign at a tie known.
+
+    Reads the operands only for what is missing, which they tell only as a whole tensor.
+    """
+    program = located(program, base, sources)
+    vote = program.election
+    if vote is None or vote.rule is None:
+        return program
+    return elected(program, balance(program, base, sources, start))
+
+
+def located(program: Program, base: Tensor | None, sources: Sequence[Tensor]) -> Program:
+    """The program with the `last` of every cut known. Shapes as in `run`, on any device."""
+    against = base if program.origin == "base" else None
+    rows = (
+        replace(
+            row,
+            cut=_located(row.cut, sources[row.source], against),
+            top=_located(row.top, sources[row.source], against),
+        )
+        for row in program.rows
+    )
+    return replace(program, rows=tuple(rows))
+
+
+def elected(program: Program, balance: int) -> Program:
+    """The program with the sign that its rule gives a tie."""
+    vote = program.election
+    assert vote is not None
+    assert vote.rule is not None
+    return replace(program, election=replace(vote, tie=tie_sign(vote.rule, balance), rule=None))
 
 
 def as_sum(
@@ -116,9 +171,27 @@ def balance(
     partial = torch.empty(grid, dtype=torch.int32, device=sources[0].device)
     with torch.cuda.device_of(partial):  # type: ignore[no-untyped-call]
         kernels.balance[grid](
-            partial, *_arguments(program, base, sources, start), **_launch(program)
+            partial, *_arguments(program, base, sources, start), **_launch(program, start)
         )
     return int(partial.sum(dtype=torch.int64))
+
+
+def _located(cut: Cut | None, source: Tensor, base: Tensor | None) -> Cut | None:
+    """The cut with its `last`, if so far it only says how many equal elements are kept."""
+    if cut is None or not cut.equal:
+        return cut
+    needed = cut.equal
+    for begin in range(0, len(source), _SPAN):
+        part = slice(begin, begin + _SPAN)
+        x = source[part].to(torch.float32, copy=True)
+        if base is not None:
+            x -= base[part].float()
+        equal = x.abs_().view(torch.int32) == cut.pattern
+        count = int(equal.sum())
+        if count >= needed:
+            return Cut(cut.pattern, begin + int(equal.nonzero()[needed - 1]))
+        needed -= count
+    return Cut(cut.pattern, len(source) - 1)
 
 
 def _grid(values: Tensor) -> tuple[int]:
@@ -160,7 +233,7 @@ def _aggregate(program: Program) -> str:
     return "sum" if averaged else program.election.aggregate
 
 
-def _launch(program: Program) -> dict[str, Any]:
+def _launch(program: Program, start: int) -> dict[str, Any]:
     """What the kernels are compiled for. No fusion: products are rounded before they are added."""
     rows = program.rows
     return {
@@ -168,6 +241,7 @@ def _launch(program: Program) -> dict[str, Any]:
         "CUTS": any(row.cut is not None for row in rows),
         "TOPS": any(row.top is not None for row in rows),
         "DRAWS": any(row.draw is not None for row in rows),
+        "PAIRED": start % 2 == 0,
         "BLOCK": BLOCK,
         "num_warps": 4 if len(rows) <= _ROWS_IN_REGISTERS else 8,
         "enable_fp_fusion": False,

@@ -6,13 +6,13 @@ chunk's merge is lies in `cuda`. Knows no file: the operands may be memory-mappe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from evomerge.merging.kernels.cuda import as_sum, enqueue, new_flag
+from evomerge.merging.kernels.cuda import as_sum, balance, elected, enqueue, located, new_flag
 from evomerge.merging.kernels.program import Program
 
 CHUNK = 1 << 23
@@ -30,23 +30,38 @@ def stream(
 ) -> bool:
     """As `cuda.run`, with operands in host memory and `out` on the device.
 
-    Reads each operand that the program uses once. Operands on the device already are used where
+    Reads each operand that the program uses once, and once before that if the program's tie is
+    not known. Operands on the device already are used where
     they are. Holds two chunks of each of the others on the device, and in pinned memory unless
     they are pinned.
     """
     flag = new_flag(out)
-    program, base, sources = _used(*as_sum(program, base, sources))
+    program, base, sources = _used(*as_sum(located(program, base, sources), base, sources))
+    vote = program.election
+    if vote is not None and vote.rule is not None:
+        there = _chunks(base, sources, out, chunk)
+        program = elected(program, sum(balance(program, b, s, start + at) for at, b, s in there))
+    for begin, near, rows in _chunks(base, sources, out, chunk):
+        part = out[begin : begin + chunk]
+        enqueue(program, near, rows, part, flag, start + begin)
+    return not flag.any()
+
+
+def _chunks(
+    base: Tensor | None, sources: Sequence[Tensor], out: Tensor, chunk: int
+) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
+    """(index of its first element, base, sources) of every chunk, on the device of `out`.
+
+    Valid for what the current stream is given before the next chunk is asked for.
+    """
     operands = (*sources, *(() if base is None else (base,)))
     copies = _copy_stream(out)
     stages = [_Stage(operands, min(chunk, len(out)), out.device, copies) for _ in range(2)]
     for turn, begin in enumerate(range(0, len(out), chunk)):
-        part = slice(begin, begin + chunk)
         stage = stages[turn % 2]
-        there = stage.fill([operand[part] for operand in operands])
-        near = None if base is None else there[len(sources)]
-        enqueue(program, near, there[: len(sources)], out[part], flag, start + begin)
+        there = stage.fill([operand[begin : begin + chunk] for operand in operands])
+        yield begin, None if base is None else there[-1], there[: len(sources)]
         stage.release()
-    return not flag.any()
 
 
 class _Stage:

@@ -45,6 +45,7 @@ def merge(
     CUTS: tl.constexpr,
     TOPS: tl.constexpr,
     DRAWS: tl.constexpr,
+    PAIRED: tl.constexpr,
     AGGREGATE: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -53,6 +54,7 @@ def merge(
 
     `sources` holds one pointer per row; AGGREGATE is "none" without an election. The least float32
     magnitude that rounds to infinity is LIMIT. `base` is not read unless BASE.
+    PAIRED is as in `draws`.
     """
     place = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -63,14 +65,17 @@ def merge(
     # Two copies of the code. All blocks but one per cut lie on one side of its `last`, and sparing
     # them the comparison of every index is a tenth of the instructions of TIES.
     if _holds_end(table, first, len(sources), CUTS, TOPS, BLOCK):
-        parts = _parts(rows, table, first, lane, CUTS, TOPS, DRAWS, True)
+        parts = _parts(rows, table, first, lane, CUTS, TOPS, DRAWS, PAIRED, True, BLOCK)
         merged = _merged(parts, origin, table, BASE, AGGREGATE)
     else:
-        parts = _parts(rows, table, first, lane, CUTS, TOPS, DRAWS, False)
+        parts = _parts(rows, table, first, lane, CUTS, TOPS, DRAWS, PAIRED, False, BLOCK)
         merged = _merged(parts, origin, table, BASE, AGGREGATE)
     _store(out + place, merged, lane, inside)
     # NaN is not below it either; lanes outside hold 0
-    tl.store(flag + lane * 0, 1, mask=(tl.abs(merged) < LIMIT) == 0)
+    bad = ((tl.abs(merged) < LIMIT) == 0).to(tl.int32)
+    # a thread's elements first: one store each, and no barrier
+    bad = tl.max(tl.reshape(bad, (BLOCK // 8, 8)), axis=1)
+    tl.store(flag + tl.arange(0, BLOCK // 8) * 0, 1, mask=bad > 0)
 
 
 @triton.jit
@@ -84,6 +89,7 @@ def balance(
     CUTS: tl.constexpr,
     TOPS: tl.constexpr,
     DRAWS: tl.constexpr,
+    PAIRED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Σⱼ sign(Σᵢ xᵢⱼ) over each run of BLOCK elements, one int32 of `out` for each."""
@@ -93,22 +99,53 @@ def balance(
     origin = _loaded(base + place, lane, inside) if BASE else 0.0
     rows = _rows(sources, origin, place, lane, inside, BASE)
     first = tl.load(table + _START) + place
-    total = _total(_parts(rows, table, first, lane, CUTS, TOPS, DRAWS, True))
+    total = _total(_parts(rows, table, first, lane, CUTS, TOPS, DRAWS, PAIRED, True, BLOCK))
     elected = (total > 0).to(tl.int32) - (total < 0).to(tl.int32)
     tl.store(out + tl.program_id(0), tl.sum(tl.where(inside, elected, 0), axis=0))
 
 
 @triton.jit
-def draws(key, index):
-    """`masks.draws`: the uniform integers in [0, 2³²) of these flat indices.
+def draws(key, first, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+    """`masks.draws`: the uniform integers in [0, 2³²) of the BLOCK indices from `first` on.
 
-    Shapes: key scalar int64, index [n] int64; returns [n] int64.
+    Shapes: returns [BLOCK] int64. PAIRED if `first` is even: a word is then computed once for the
+    two elements that share it.
     """
+    if PAIRED:
+        words = _words(key, (first >> 1) + tl.arange(0, BLOCK // 2))
+        drawn = tl.interleave(words & 0xFFFFFFFF, words >> 32)
+    else:
+        index = first + tl.arange(0, BLOCK)
+        words = _words(key, index >> 1)
+        drawn = tl.where((index & 1) == 1, words >> 32, words & 0xFFFFFFFF)
+    return drawn.to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _words(key, index):
+    """The outputs of SplitMix64 of these indices."""
     x = (index + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
     x += key.to(tl.uint64, bitcast=True)
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return ((x ^ (x >> 31)) >> 32).to(tl.int64, bitcast=True)
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _holds_end(
+    table, first, ROWS: tl.constexpr, CUTS: tl.constexpr, TOPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Whether a cut's `last` lies in the block, other than as its last element."""
+    holds = first < first
+    for row in tl.static_range(ROWS):
+        words = table + (HEAD_WORDS + row * ROW_WORDS)
+        if CUTS:
+            last = tl.load(words + _CUT + 1) - first
+            holds = holds | ((last >= 0) & (last < BLOCK - 1))
+        if TOPS:
+            last = tl.load(words + _TOP + 1) - first
+            holds = holds | ((last >= 0) & (last < BLOCK - 1))
+    return holds
 
 
 @triton.jit
@@ -147,7 +184,9 @@ def _parts(
     CUTS: tl.constexpr,
     TOPS: tl.constexpr,
     DRAWS: tl.constexpr,
+    PAIRED: tl.constexpr,
     EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """factor·(kept entries) of every row. Shapes: a tuple of [BLOCK] float32.
 
@@ -159,7 +198,7 @@ def _parts(
         words = table + (HEAD_WORDS + row * ROW_WORDS)
         factor = _float(words, _FACTOR)
         if CUTS or TOPS or DRAWS:
-            kept = _kept(rows[row], words, first, lane, CUTS, TOPS, DRAWS, EXACT)
+            kept = _kept(rows[row], words, first, lane, CUTS, TOPS, DRAWS, PAIRED, EXACT, BLOCK)
             # what is left out keeps its sign, and NaN stays NaN
             factor = tl.where(kept, factor, factor * 0.0)
         parts = parts + (rows[row] * factor,)
@@ -175,7 +214,9 @@ def _kept(
     CUTS: tl.constexpr,
     TOPS: tl.constexpr,
     DRAWS: tl.constexpr,
+    PAIRED: tl.constexpr,
     EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     kept = lane >= 0
     if CUTS:
@@ -183,7 +224,8 @@ def _kept(
     if TOPS:
         kept = kept & (_within(x, words + _TOP, first, lane, EXACT) == 0)
     if DRAWS:
-        kept = kept & (draws(tl.load(words + _KEY), first + lane) >= tl.load(words + _THRESHOLD))
+        drawn = draws(tl.load(words + _KEY), first, BLOCK, PAIRED)
+        kept = kept & (drawn >= tl.load(words + _THRESHOLD))
     return kept
 
 
@@ -227,7 +269,7 @@ def _consensus(votes, table, AGGREGATE: tl.constexpr):
         if AGGREGATE == "mean":
             weight = _float(table + (HEAD_WORDS + row * ROW_WORDS), _WEIGHT)
             divisor = tl.where(agrees, divisor + weight, divisor)
-    result = result * elected
+    result = result * elected + 0.0  # no −0, which would tell how a tie was decided
     if AGGREGATE == "mean":
         result = tl.div_rn(result, tl.where(tl.abs(divisor) < _NO_WEIGHT, 1.0, divisor))
     return result

@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,11 @@ TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
-pytestmark = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(not TRITON, reason="Triton is not installed"),
+    # the interpreter computes with numpy, which warns of infinity and NaN
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+]
 runs = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="no CUDA device; test_in_the_interpreter runs it",
@@ -377,6 +382,33 @@ def test_indices_beyond_32_bits() -> None:
     assert not out[:-3000].any()
 
 
+@runs
+def test_what_a_program_leaves_open_is_found_in_the_tensor() -> None:
+    """A rule for ties asks for the balance; a cut may say how many equal elements it keeps."""
+    chance = random.Random(11)
+    base, sources = values(chance, torch.bfloat16), [values(chance, d) for d in DTYPES]
+    pattern = int(torch.tensor(0.25).view(torch.int32))
+    x = sources[1].float() - base.float()
+    last = int((x.abs() == 0.25).nonzero()[6])
+    known = Row(1, -1.0, cut=Cut(pattern, last))
+    unknown = replace(known, cut=Cut(pattern, -1, equal=7))
+    votes = parts_of(Program((Row(0, 1.0), known), "base"), base, sources, 0)
+    total = election.balance([[votes[0], -votes[1]]])
+    assert (total, election.tie_sign("majority", total)) != (0, 0)
+    for rule in ("majority", "authors"):
+        tie = election.tie_sign(rule, total)
+        vote = Election(tie, "mean", True, 1.0)
+        wanted = expected(Program((Row(0, 1.0), known), "base", vote), base, sources, DTYPES[0], 0)
+        vote = replace(vote, tie=-tie, rule=rule)
+        program = Program((Row(0, 1.0), unknown), "base", vote)
+        finite, out = carried_out(program, base, sources, DTYPES[0])
+        assert finite
+        assert_same_bits(out, wanted)
+        streamed = torch.empty(SIZE, device=DEVICE)
+        assert streaming.stream(program, base, sources, streamed, chunk=1000)
+        assert_same_bits(streamed.cpu(), wanted)
+
+
 # --- streaming ------------------------------------------------------------------------------------
 
 
@@ -415,6 +447,7 @@ def test_compiled_code_fuses_nothing_and_loads_whole_words(aggregate: str) -> No
     assert ("div.rn.f32" in ptx) == (aggregate == "mean")
     assert "div.full" not in ptx
     assert "div.approx" not in ptx
+    assert "bar.sync" not in ptx  # no warp waits for another
     assert ptx.count("ld.global.v4.b32") == 4  # the base and three sources, 16 bytes a thread
 
 
@@ -426,7 +459,7 @@ def compiled(aggregate: str) -> str:
     from evomerge.merging.kernels.triton_program import merge
 
     chosen = {"BASE": True, "CUTS": True, "TOPS": False, "DRAWS": True, "AGGREGATE": aggregate}
-    chosen |= {"LIMIT": 3e38, "BLOCK": cuda.BLOCK}
+    chosen |= {"LIMIT": 3e38, "BLOCK": cuda.BLOCK, "PAIRED": True}
     types = {"out": "*bf16", "flag": "*i32", "base": "*bf16", "table": "*i64", "size": "i64"}
     types["sources"] = ("*bf16",) * 3
     signature = {name: types.get(name, "constexpr") for name in merge.arg_names}
