@@ -234,23 +234,25 @@ def test_configs_name_the_outputs_ids(models: Models, source: str) -> None:
 def test_lists_of_ids_and_inner_configs_are_renumbered(models: Models) -> None:
     vocabulary = plan_vocabulary(TokenizerChoice("intersection"), models)
     base = _of(models["base"]).get_vocab()
+    ids = vocabulary.ids
+    moved = next(token for token in ids if ids[token] != base[token])
     changed = Checkpoint(
         models["base"].path,
         models["base"].folder,
         {
-            "eos_token_id": [base["</s>"], base["<s>"]],
+            "eos_token_id": [base["</s>"], base[moved]],
             "pad_token_id": -1,
-            "hidden_size": base["</s>"],
-            "text_config": {"bos_token_id": base["<s>"], "vocab_size": 9},
+            "hidden_size": base[moved],
+            "text_config": {"bos_token_id": base[moved], "vocab_size": 9},
         },
         {},
     )
     config = output_config(vocabulary, {**models, "base": changed})
     assert config == {
-        "eos_token_id": [vocabulary.ids["</s>"], vocabulary.ids["<s>"]],
+        "eos_token_id": [ids["</s>"], ids[moved]],
         "pad_token_id": -1,
-        "hidden_size": base["</s>"],
-        "text_config": {"bos_token_id": vocabulary.ids["<s>"], "vocab_size": vocabulary.rows},
+        "hidden_size": base[moved],
+        "text_config": {"bos_token_id": ids[moved], "vocab_size": vocabulary.rows},
     }
 
 
