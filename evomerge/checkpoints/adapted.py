@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -183,27 +183,37 @@ class Adapted:
         return {**self.base.config, "vocab_size": max(rows)} if rows else dict(self.base.config)
 
 
-def open_models(paths: Iterable[str]) -> dict[str, Checkpoint | Adapted]:
-    """Every model of `paths`, by path; adapters of one base share it.
+Bases: TypeAlias = dict[Path, Checkpoint]
+"""Checkpoints that are open, by folder: adapters of one base share it."""
 
-    A path is a model's (a folder, or a model on the hub by its id), `MODEL+ADAPTER`, or an
-    adapter's alone, whose config then names the base. Raises what `Checkpoint.open`,
+
+def open_models(paths: Iterable[str]) -> dict[str, Checkpoint | Adapted]:
+    """Every model of `paths`, by path, as `open_model` opens it; adapters of one base share it."""
+    bases: Bases = {}
+    return {path: open_model(path, bases) for path in paths}
+
+
+def open_model(path: str, bases: Bases | None = None) -> Checkpoint | Adapted:
+    """A model by its path: a folder, a model on the hub by its id, or `MODEL+ADAPTER`.
+
+    An adapter's path alone will do if its config names the base. Raises what `Checkpoint.open`,
     `Adapter.open` and `Adapted` raise.
     """
-    bases: dict[Path, Checkpoint] = {}
+    known = {} if bases is None else bases
+    model, adapter_path = split_adapter(path)
+    if adapter_path is not None:
+        return Adapted(_opened(model, known), Adapter.open(adapter_path), path)
+    if not (find_folder(path) / ADAPTER_CONFIG).exists():
+        return _opened(path, known)
+    adapter = Adapter.open(path)
+    return Adapted(_opened(_base_of(adapter), known), adapter, path)
 
-    def base(path: str) -> Checkpoint:
-        folder = find_folder(path)
-        if folder not in bases:
-            bases[folder] = Checkpoint.open(path)
-        return bases[folder]
 
-    return {path: _open(path, base) for path in paths}
-
-
-def open_model(path: str) -> Checkpoint | Adapted:
-    """One model, as `open_models` opens it."""
-    return open_models([path])[path]
+def _opened(path: str, bases: Bases) -> Checkpoint:
+    folder = find_folder(path)
+    if folder not in bases:
+        bases[folder] = Checkpoint.open(path)
+    return bases[folder]
 
 
 def split_adapter(path: str) -> tuple[str, str | None]:
@@ -214,16 +224,6 @@ def split_adapter(path: str) -> tuple[str, str | None]:
     splits = [(path[:at], path[at + 1 :]) for at in reversed(places)]
     there = (pair for pair in splits if all(Path(p).expanduser().is_dir() for p in pair))
     return next(there, splits[0])
-
-
-def _open(path: str, open_base: Callable[[str], Checkpoint]) -> Checkpoint | Adapted:
-    model, adapter_path = split_adapter(path)
-    if adapter_path is not None:
-        return Adapted(open_base(model), Adapter.open(adapter_path), path)
-    if not (find_folder(path) / ADAPTER_CONFIG).exists():
-        return open_base(path)
-    adapter = Adapter.open(path)
-    return Adapted(open_base(_base_of(adapter)), adapter, path)
 
 
 def _base_of(adapter: Adapter) -> str:

@@ -246,10 +246,10 @@ def _located(trial: Trial, record: StudyRecord) -> Recipe:
 def _write_mergekit(recipe: Recipe, file: Path) -> None:
     import yaml
 
-    from evomerge.checkpoints.checkpoint import Checkpoint
+    from evomerge.checkpoints.adapted import open_model
     from evomerge.merging.mergekit_write import write_mergekit
 
-    anchor = Checkpoint.open((recipe.base or recipe.sources[0].model).path)
+    anchor = open_model((recipe.base or recipe.sources[0].model).path)
     stored = str(anchor.dtype(anchor.names[0])).removeprefix("torch.")
     document = write_mergekit(recipe, anchor.names, dtype=stored)
     try:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.weights import Weights
+from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import CheckpointError
 from evomerge.merging.binding import Target, bind
 from evomerge.merging.compute import BLOCK_SIZE
@@ -23,7 +22,7 @@ from evomerge.merging.recipe import Recipe
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: str | None = None, device: str = "cpu"
+    checkpoint: Weights, dtype: str | None = None, device: str = "cpu"
 ) -> tuple[torch.nn.Module, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
@@ -70,7 +69,7 @@ class Materialiser:
     def __init__(
         self,
         model: torch.nn.Module,
-        checkpoints: Mapping[str, Checkpoint],
+        checkpoints: Mapping[str, Model],
         *,
         block_size: int = BLOCK_SIZE,
     ) -> None:

@@ -10,8 +10,9 @@ import math
 from collections import Counter
 from typing import Any
 
-from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.adapted import Bases, open_model
 from evomerge.checkpoints.compare import compare
+from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import SpecError, TaskError, UserError
 from evomerge.merging.layout import layer_of
 from evomerge.scoring.fingerprint import fingerprint_digest, scorer_fingerprint
@@ -42,6 +43,7 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
         dtype=dtype,
         device=device,
         threads=spec.workers.num_cpus,
+        share_context=spec.evaluation.share_context,
     )
     return {
         "digests": {path: scan.digest for path, scan in scans.items()},
@@ -66,12 +68,13 @@ def _space(spec: StudySpec, problems: list[str]) -> Space | None:
     return space
 
 
-def _models(spec: StudySpec, problems: list[str]) -> dict[str, Checkpoint]:
-    """The checkpoints that can be opened, by path; faults of the others go to `problems`."""
-    models: dict[str, Checkpoint] = {}
+def _models(spec: StudySpec, problems: list[str]) -> dict[str, Model]:
+    """The models that can be opened, by path; faults of the others go to `problems`."""
+    models: dict[str, Model] = {}
+    bases: Bases = {}  # adapters of one base share it: it is read once
     for path in (spec.base, *spec.sources.values()):
         try:
-            models[path] = Checkpoint.open(path)
+            models[path] = open_model(path, bases)
         except UserError as error:
             problems.append(str(error))
     if spec.base in models:
@@ -88,7 +91,7 @@ def _tasks(spec: StudySpec, problems: list[str]) -> LoadedTasks | None:
         return None
 
 
-def _dtype(base: Checkpoint) -> str:
+def _dtype(base: Weights) -> str:
     """The dtype that most of the base's elements have, e.g. `bfloat16`."""
     sizes: Counter[str] = Counter()
     for name in base.names:

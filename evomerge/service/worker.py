@@ -79,7 +79,7 @@ class Worker:
         return self._resident
 
     def _load(self) -> tuple[Materialiser, ResidentScorer]:
-        from evomerge.checkpoints import Checkpoint
+        from evomerge.checkpoints.adapted import open_models
         from evomerge.merging.materialise import Materialiser, load_model
         from evomerge.scoring.resident import ResidentScorer
 
@@ -87,10 +87,10 @@ class Worker:
             raise RuntimeError("Worker.run before Worker.prepare")
         spec = self._spec
         device = device_of(spec.evaluation.device)
-        checkpoints = {path: Checkpoint.open(path) for path in (spec.base, *spec.sources.values())}
-        model, tokenizer = load_model(checkpoints[spec.base], self._dtype, device)
+        models = open_models((spec.base, *spec.sources.values()))
+        model, tokenizer = load_model(models[spec.base], self._dtype, device)
         scorer = ResidentScorer(model, tokenizer, spec.objective, spec.evaluation)
-        return Materialiser(model, checkpoints), scorer
+        return Materialiser(model, models), scorer
 
 
 def device_of(wanted: str) -> str:
