@@ -15,7 +15,9 @@ from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import is_finite
 from evomerge.errors import NonFiniteModel
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod
+from evomerge.merging.kernels import cpu
+from evomerge.merging.kernels.facts import Facts, Store
+from evomerge.merging.methods.base import Block, Blocks, Coefficients, Inputs, MergeMethod
 
 BLOCK_SIZE = 1 << 17
 """Elements per block: a block of base, sources and result stays in a core's cache."""
@@ -26,11 +28,15 @@ class Operands:
     """The tensors that one merged tensor is computed from, flat and in their stored dtypes.
 
     base [n] (None where the method has no use for it), sources s times [n], in the order of the
-    coefficients' names. All on one device.
+    coefficients' names. All on one device. What is found out about them is kept in `store`, if
+    there is one, under the digests of what they are: `base_key` and `source_keys` [s].
     """
 
     base: Tensor | None
     sources: tuple[Tensor, ...]
+    store: Store | None = None
+    base_key: str = ""
+    source_keys: tuple[str, ...] = ()
 
     def blocks(self, size: int) -> Blocks:
         """Streams them as float32, `size` elements at a time."""
@@ -47,6 +53,11 @@ class Operands:
 
         return stream
 
+    @property
+    def facts(self) -> Facts:
+        """What is known of the operands without streaming them."""
+        return Facts(self.base, self.sources, self.store, self.base_key, self.source_keys)
+
 
 def merge_tensor(
     method: MergeMethod,
@@ -60,16 +71,38 @@ def merge_tensor(
     """Write the merged tensor into `out` [n], rounded once, to nearest even, to its dtype.
 
     Raises NonFiniteModel, naming the tensor, if a merged value is NaN, or infinite once rounded;
-    `out` then holds part of the result.
+    `out` then holds part of the result. A method that says its merge as a program is carried out
+    in one fused pass where a kernel knows the device and the dtypes; the bits are the same.
     """
     blocks = operands.blocks(block_size)
-    prepared = method.prepare(blocks, coefficients, survey)
+    if cpu.can_read(operands.base, *operands.sources, out):
+        inputs = Inputs(blocks, operands.facts)
+        prepared = method.prepare(inputs, coefficients, survey)
+        program = method.program(coefficients, prepared)
+        if program is not None:
+            if not cpu.run(program, operands.base, operands.sources, out):
+                raise _explained(method, coefficients, blocks, survey, out.dtype)
+            return
+    else:
+        prepared = method.prepare(blocks, coefficients, survey)
     for block in blocks():
         merged = method.merge(block, coefficients, prepared)
         target = out[block.start : block.start + merged.numel()]
         target.copy_(merged)
         if not is_finite(target):
             raise _non_finite(method, coefficients, merged, out.dtype)
+
+
+def _explained(
+    method: MergeMethod, coefficients: Coefficients, blocks: Blocks, survey: Any, dtype: torch.dtype
+) -> NonFiniteModel:
+    """What the kernel found not to be finite, found again by the method itself."""
+    prepared = method.prepare(blocks, coefficients, survey)
+    for block in blocks():
+        merged = method.merge(block, coefficients, prepared)
+        if not is_finite(merged.to(dtype)):
+            return _non_finite(method, coefficients, merged, dtype)
+    raise AssertionError(f"{coefficients.tensor}: the kernel and {method.name} differ")
 
 
 def _non_finite(

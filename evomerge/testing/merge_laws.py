@@ -60,7 +60,7 @@ class Case:
 
 def merged(method: MergeMethod, case: Case, *, block_size: int | None = None) -> Tensor:
     """Merge a case, cut into blocks of `block_size` elements. Shapes: returns [n] float32."""
-    coefficients = _coefficients(method, case)
+    coefficients = coefficients_of(method, case)
     size = case.base.numel()
     step = block_size or max(size, 1)
     sources = torch.stack([case.sources[name] for name in coefficients.names])
@@ -187,7 +187,7 @@ def seed_decides(method: MergeMethod, case: Case, given: Parameters) -> None:
 def inputs_are_untouched(method: MergeMethod, case: Case, given: Parameters) -> None:
     """P10: the result is float32, as long as the block, and no input was written to."""
     case = case.given(**given)
-    coefficients = _coefficients(method, case)
+    coefficients = coefficients_of(method, case)
     sources = torch.stack([case.sources[name] for name in coefficients.names])
     block = Block(case.base.clone() if _sees_base(method) else None, sources.clone(), 0)
     survey = method.survey(lambda: iter([(coefficients, lambda: iter([block]))]))
@@ -422,7 +422,8 @@ def broken_laws(method: MergeMethod, obeyed: Obeyed, case: Case) -> list[str]:
     return broken
 
 
-def _coefficients(method: MergeMethod, case: Case) -> Coefficients:
+def coefficients_of(method: MergeMethod, case: Case) -> Coefficients:
+    """A case's parameters, as a recipe of one tensor resolves them."""
     recipe_order = list(case.sources)
     names = sorted(recipe_order)
     source: dict[str, tuple[Scalar, ...]] = {}

@@ -6,6 +6,7 @@ tensors. Knows no method, no device and no checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,12 +40,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Election:
-    """Rows are votes: only those of the elected sign count. As in `election.consensus`."""
+    """Rows are votes: only those of the elected sign count. As in `election.consensus`.
+
+    With a `rule` ("majority" or "authors") `tie` is not known yet: it is `election.tie_sign` of the
+    rule and the balance of the whole tensor. It matters only where votes sum to exactly 0.
+    """
 
     tie: int
     aggregate: Literal["mean", "sum", "max"]
     normalize: bool
     scale: float
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Program:
     """θ = o + Σᵢ xᵢ, or θ = o + λ·consensus(x) with an election. o is θ₀ or 0.
 
     Products and sums run in float32, each rounded on its own, rows in the order given: a kernel
-    gives the bits that the methods' own functions give. No rows: θ = θ₀. `copies` names the one
+    gives the bits that the methods' own functions give. No rows: θ = o. `copies` names the one
     source whose bits are the result.
     """
 
@@ -60,3 +66,18 @@ class Program:
     origin: Literal["zero", "base"]
     election: Election | None = None
     copies: int | None = None
+
+
+def weighted(factors: Sequence[float], origin: Literal["zero", "base"]) -> Program:
+    """θ = o + Σᵢ cᵢ·vᵢ; a source of factor 0 is not read."""
+    rows = (Row(index, factor) for index, factor in enumerate(factors) if factor != 0)
+    return Program(tuple(rows), origin)
+
+
+def copy_of(source: int) -> Program:
+    """θ = θᵢ, bit for bit."""
+    return Program((), "zero", copies=source)
+
+
+BASE = Program((), "base")
+"""θ = θ₀, bit for bit."""

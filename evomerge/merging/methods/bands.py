@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, Parameter
+from evomerge.merging.kernels.program import Row
+from evomerge.merging.methods.base import Block, Blocks, Coefficients, Parameter, facts_of
 from evomerge.merging.methods.rows import RowWindow, row_length
 from evomerge.merging.methods.selection import KEEP_NONE, Cut, Key, Quota, cuts, kept_count
 from evomerge.merging.methods.thinning import Thinning
@@ -71,10 +72,10 @@ def bands_of(blocks: Blocks, coefficients: Coefficients) -> Thinning:
         kept = band(size, density, gamma)
         if weight != 0 and kept is not None:
             found[index] = kept
-    return _RowBands(blocks, size, found) if by_row else _TensorBands(blocks, found)
+    return _RowBands(blocks, size, found) if by_row else TensorBands(blocks, found)
 
 
-class _TensorBands:
+class TensorBands:
     """Bands of a whole tensor: what one cut keeps and another, of the largest, does not."""
 
     def __init__(self, blocks: Blocks, bands: Mapping[int, Band]) -> None:
@@ -87,7 +88,19 @@ class _TensorBands:
                 for end in ends:
                     yield end, block.start, _tau(block, end[0])
 
-        self._cuts = cuts(rows, quotas) if quotas else {}
+        facts = facts_of(blocks)
+        if facts is None:
+            self._cuts = cuts(rows, quotas) if quotas else {}
+        else:
+            self._cuts = {end: facts.cut(end[0], Quota(end[1]), located=True) for end in ends}
+
+    def row(self, source: int, factor: float, weight: float) -> Row:
+        """The band as data."""
+        if source not in self._bands:
+            return Row(source, factor, weight)
+        top, last = self._bands[source]
+        above = self._cut(source, top) if top > 0 else None
+        return Row(source, factor, weight, cut=self._cut(source, last), top=above)
 
     def keeps_all(self, source: int) -> bool:
         return source not in self._bands

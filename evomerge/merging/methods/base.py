@@ -11,10 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from evomerge.merging.kernels.program import Program
+from evomerge.merging.methods.selection import Cut, Quota
 from evomerge.merging.values import Scalar
 
 
@@ -95,6 +97,37 @@ Blocks = Callable[[], Iterator[Block]]
 """Streams a tensor's blocks from the start; may be called more than once."""
 
 
+class TensorFacts(Protocol):
+    """What is known of a whole tensor's operands, whatever the recipe makes of them."""
+
+    def cut(self, source: int, quota: Quota, *, located: bool = False) -> Cut:
+        """The cut that fills a quota of |θᵢ − θ₀|. Unless `located`, it may say how many of those
+        equal to the threshold are kept (`Cut.equal`) in place of up to where."""
+
+    def gram(self, *, from_base: bool) -> list[float]:
+        """⟨vᵢ, vⱼ⟩ (i ≤ j, by rows), as `reductions.totals` adds them up; v is θ, or τ with
+        `from_base`."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A tensor's `Blocks`, and its facts.
+
+    Who is handed these has a program carried out: cuts need no location, ties no balance.
+    """
+
+    blocks: Blocks
+    facts: TensorFacts
+
+    def __call__(self) -> Iterator[Block]:
+        return self.blocks()
+
+
+def facts_of(blocks: Blocks) -> TensorFacts | None:
+    """The facts that come with a tensor's blocks, if any do."""
+    return blocks.facts if isinstance(blocks, Inputs) else None
+
+
 class MergeMethod(ABC):
     """One merge method. Instances hold no state: everything is in the arguments.
 
@@ -122,6 +155,13 @@ class MergeMethod(ABC):
         """What must be known of the whole tensor before its first block is merged (None: nothing).
 
         Must not depend on how the tensor is cut into blocks.
+        """
+        return None
+
+    def program(self, coefficients: Coefficients, prepared: Any) -> Program | None:
+        """The merge as data, for kernels that give the bits of `merge`; None: there is only that.
+
+        Must be a program whenever `prepare` was given facts and asked for a cut or a tie.
         """
         return None
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from evomerge.merging.methods.bands import BAND_PARAMETERS, bands_of
+from evomerge.merging.kernels.program import Program
+from evomerge.merging.methods.bands import BAND_PARAMETERS, TensorBands, bands_of
 from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
-from evomerge.merging.methods.thinning import Thinning, thinned_sum
+from evomerge.merging.methods.thinning import Thinning, sum_program, thinned_sum
 
 
 class Breadcrumbs(MergeMethod):
@@ -41,6 +42,9 @@ class Breadcrumbs(MergeMethod):
 
     def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> Thinning:
         return bands_of(blocks, coefficients)
+
+    def program(self, coefficients: Coefficients, prepared: Thinning) -> Program | None:
+        return sum_program(prepared, coefficients) if isinstance(prepared, TensorBands) else None
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: Thinning) -> Tensor:
         return thinned_sum(block, prepared, coefficients)

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from evomerge.merging.methods.bands import BAND_PARAMETERS, bands_of
+from evomerge.merging.kernels.program import Program
+from evomerge.merging.methods.bands import BAND_PARAMETERS, TensorBands, bands_of
 from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
 from evomerge.merging.methods.election import election_parameters
-from evomerge.merging.methods.thinning import Ballot, balloted, thinned_consensus
+from evomerge.merging.methods.thinning import Ballot, balloted, consensus_program, thinned_consensus
 
 
 class BreadcrumbsTies(MergeMethod):
@@ -42,7 +43,15 @@ class BreadcrumbsTies(MergeMethod):
     )
 
     def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> Ballot:
-        return balloted(blocks, bands_of(blocks, coefficients), coefficients)
+        bands = bands_of(blocks, coefficients)
+        counts = isinstance(bands, TensorBands)
+        return balloted(blocks, bands, coefficients, kernel_counts=counts)
+
+    def program(self, coefficients: Coefficients, prepared: Ballot) -> Program | None:
+        bands = prepared.thinning
+        if not isinstance(bands, TensorBands):
+            return None
+        return consensus_program(bands, prepared.tie, coefficients)
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: Ballot) -> Tensor:
         return thinned_consensus(block, prepared, coefficients)

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from evomerge.merging.kernels.program import Program, Row, copy_of
 from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
-from evomerge.merging.methods.combination import moved, normalised, sole, weighted_sum
+from evomerge.merging.methods.combination import moved, sole, weighted_sum
 from evomerge.merging.methods.dropping import DROP_PARAMETERS, Drop, drops
+from evomerge.merging.methods.task_arithmetic import shares_of
 
 
 def dare_linear(
@@ -37,7 +39,7 @@ def dare_linear(
 
     Source: Yu et al. 2024, arXiv:2311.03099, sec. 3. mergekit's `dare_linear` is `rescale: l1`.
     """
-    shares = [scale * weight for weight in normalised(weights, normalize=normalize)]
+    shares = shares_of(weights, scale=scale, normalize=normalize)
     only = sole(shares)
     if only is not None and drops[only].density >= 1:
         return sources[only].clone()
@@ -61,6 +63,22 @@ class DareLinear(MergeMethod):
 
     def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> tuple[Drop, ...]:
         return drops(blocks, coefficients)
+
+    def program(self, coefficients: Coefficients, prepared: tuple[Drop, ...]) -> Program:
+        shares = shares_of(
+            coefficients.floats("weight"),
+            scale=coefficients.number("lambda"),
+            normalize=coefficients.flag("normalize"),
+        )
+        only = sole(shares)
+        if only is not None and prepared[only].density >= 1:
+            return copy_of(only)
+        rows = (
+            Row(index, share * drop.factor, draw=drop.draw)
+            for index, (share, drop) in enumerate(zip(shares, prepared, strict=True))
+            if share != 0
+        )
+        return Program(tuple(rows), "base")
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: tuple[Drop, ...]) -> Tensor:
         assert block.base is not None

@@ -11,13 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
+from evomerge.merging.kernels.program import Program, Row
+from evomerge.merging.methods.base import (
+    Block,
+    Blocks,
+    Coefficients,
+    MergeMethod,
+    Parameter,
+    facts_of,
+)
 from evomerge.merging.methods.combination import moved
 from evomerge.merging.methods.dropping import DROP_PARAMETERS, Drop, drops
 from evomerge.merging.methods.election import (
     balance,
     consensus,
     election_parameters,
+    election_program,
     needs_balance,
     sole_voter,
     tie_sign,
@@ -61,10 +70,13 @@ def dare_ties(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `merge` must know of a whole tensor: each source's drop [s], and the sign at a tie."""
+    """What `merge` must know of a whole tensor: each source's drop [s], and the sign at a tie.
+
+    The sign is None where it is left to the kernel.
+    """
 
     drops: tuple[Drop, ...]
-    tie: int
+    tie: int | None
 
 
 class DareTies(MergeMethod):
@@ -84,11 +96,23 @@ class DareTies(MergeMethod):
         thinning = drops(blocks, coefficients)
         weights, total = coefficients.floats("weight"), 0
         if needs_balance(coefficients):
+            if facts_of(blocks):
+                return Prepared(thinning, None)
             total = balance(_votes(block, thinning, weights) for block in blocks())
         return Prepared(thinning, tie_sign(coefficients.choice("sign_tie"), total))
 
+    def program(self, coefficients: Coefficients, prepared: Prepared) -> Program:
+        weights = coefficients.floats("weight")
+        rows = [
+            Row(index, weights[index] * drop.factor, weights[index], draw=drop.draw)
+            for index, drop in enumerate(prepared.drops)
+        ]
+        whole = [drop.density >= 1 for drop in prepared.drops]
+        return election_program(coefficients, rows, tie=prepared.tie, whole=whole)
+
     def merge(self, block: Block, coefficients: Coefficients, prepared: Prepared) -> Tensor:
         assert block.base is not None
+        assert prepared.tie is not None
         whole = sole_voter(coefficients)
         if whole is not None and prepared.drops[whole].density >= 1:
             return block.sources[whole].clone()

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evomerge.merging.kernels.program import Draw
 from evomerge.merging.methods.base import Block, Blocks, Coefficients, Parameter
-from evomerge.merging.methods.masks import kept, mask_key
+from evomerge.merging.methods.masks import kept, mask_key, threshold
 from evomerge.merging.methods.reductions import totals
 
 NO_NORM = 1e-7
@@ -39,6 +40,11 @@ class Drop:
     key: int
     density: float
     factor: float
+
+    @property
+    def draw(self) -> Draw | None:
+        """The drop as data; None keeps everything."""
+        return Draw(self.key, threshold(self.density)) if self.density < 1 else None
 
     def thinned(self, tau: Tensor, start: int) -> Tensor:
         """τ where it is kept, else 0; not rescaled. Shapes: tau [n] from flat index `start`."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from evomerge.merging.kernels.program import BASE, Election, Program, Row, copy_of
 from evomerge.merging.methods.base import Coefficients, Parameter
 from evomerge.merging.methods.combination import NO_WEIGHT, weighted_sum
 
@@ -64,6 +65,29 @@ def needs_balance(coefficients: Coefficients) -> bool:
     """Whether a tie can occur and its rule asks for the balance of all elected signs."""
     voters = sum(weight != 0 for weight in coefficients.floats("weight"))
     return voters > 1 and coefficients.choice("sign_tie") in ("majority", "authors")
+
+
+def election_program(
+    coefficients: Coefficients, rows: Sequence[Row], *, tie: int | None, whole: Sequence[bool]
+) -> Program:
+    """A merge by election as data: `rows` of every source [s], of which those with a weight vote.
+
+    `tie` is None where it was not counted; `whole` [s] says whose task vector is left as it is.
+    """
+    weights = coefficients.floats("weight")
+    if coefficients.number("lambda") == 0 or not any(weights):
+        return BASE
+    only = sole_voter(coefficients)
+    if only is not None and whole[only]:
+        return copy_of(only)
+    election = Election(
+        tie=tie or 0,
+        aggregate=coefficients.choice("aggregate"),  # type: ignore[arg-type]
+        normalize=coefficients.flag("normalize"),
+        scale=coefficients.number("lambda"),
+        rule=coefficients.choice("sign_tie") if tie is None else None,
+    )
+    return Program(tuple(row for row in rows if weights[row.source] != 0), "base", election)
 
 
 def signs(votes: Sequence[Tensor]) -> Tensor:
@@ -132,8 +156,8 @@ def agreement(
     """What `consensus` does once the signs γ are elected. Shapes: elected [n]; returns [n]."""
     agreeing = [_agreeing(vote, elected) for vote in votes]
     if aggregate == "max":
-        return _largest(agreeing).mul_(elected)
-    total = _total(agreeing).mul_(elected)
+        return _signed(_largest(agreeing), elected)
+    total = _signed(_total(agreeing), elected)
     if aggregate == "sum" or not normalize:
         return total
     divisor = weighted_sum((magnitude.sign() for magnitude in agreeing), weights)
@@ -145,6 +169,11 @@ def _agreeing(vote: Tensor, elected: Tensor) -> Tensor:
     """|v| where v has the elected sign, else 0. Shapes: [n]."""
     # clamp keeps or drops the sign of zero by whether it runs vectorised; adding 0 settles it
     return (vote * elected).clamp_(min=0).add_(0.0)
+
+
+def _signed(magnitude: Tensor, elected: Tensor) -> Tensor:
+    # no −0: where nobody votes, the sign elected at a tie must not show
+    return magnitude.mul_(elected).add_(0.0)
 
 
 def _total(rows: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError
+from evomerge.merging.kernels.program import Program, weighted
 from evomerge.merging.methods.base import Block, Coefficients, MergeMethod, Parameter
 from evomerge.merging.methods.combination import NO_WEIGHT, weighted_sum
 
@@ -29,6 +30,12 @@ def linear(sources: Tensor, weights: Sequence[float], *, normalize: bool = True)
     Source: Wortsman et al. 2022, arXiv:2203.05482 (uniform soup: all weights equal), with
     mergekit's `linear` weights. mergekit divides by a sum of 0 and writes NaN; we refuse.
     """
+    merged = weighted_sum(sources, shares(weights, normalize=normalize))
+    return torch.zeros_like(sources[0]) if merged is None else merged
+
+
+def shares(weights: Sequence[float], *, normalize: bool) -> list[float]:
+    """wᵢ/Σw, or wᵢ without `normalize`. Raises CandidateError where there is no average."""
     total = sum(weights)
     if normalize and abs(total) < NO_WEIGHT:
         raise CandidateError(
@@ -36,8 +43,7 @@ def linear(sources: Tensor, weights: Sequence[float], *, normalize: bool = True)
             "divided by; give one source a weight, or set `normalize: false`"
         )
     divisor = total if normalize else 1.0
-    merged = weighted_sum(sources, [weight / divisor for weight in weights])
-    return torch.zeros_like(sources[0]) if merged is None else merged
+    return [weight / divisor for weight in weights]
 
 
 class Linear(MergeMethod):
@@ -51,6 +57,10 @@ class Linear(MergeMethod):
         Parameter("normalize", "recipe", "bool", True, "divide by the sum of the weights"),
     )
     needs_base = False
+
+    def program(self, coefficients: Coefficients, prepared: Any) -> Program:
+        normalize = coefficients.flag("normalize")
+        return weighted(shares(coefficients.floats("weight"), normalize=normalize), "zero")
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: Any) -> Tensor:
         return linear(

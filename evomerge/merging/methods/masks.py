@@ -26,18 +26,21 @@ def mask_key(seed: int, source: str, tensor: str) -> int:
 def draws(key: int, start: int, count: int, *, device: torch.device | None = None) -> Tensor:
     """Uniform integers in [0, 2³²) for the elements start, ..., start + count − 1.
 
-        x = mix(key + (j + 1)·0x9E3779B97F4A7C15 mod 2⁶⁴);   draw_j = x >> 32
+        x_m = mix(key + (m + 1)·0x9E3779B97F4A7C15 mod 2⁶⁴)
+        draw_2m = x_m mod 2³²,   draw_2m+1 = x_m >> 32
 
     Shapes: returns [count] int64. `mix` is the finaliser of SplitMix64 (Steele et al. 2014,
-    variant 13 of Stafford's): the draws are the generator's outputs of index j, computed
-    independently of each other.
+    variant 13 of Stafford's): the draws are the halves of the generator's outputs of index m, low
+    one first, computed independently of each other.
     """
-    x = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
+    first, end = start >> 1, (start + count + 1) >> 1
+    x = torch.arange(first + 1, end + 1, dtype=torch.int64, device=device)
     x.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
     x.bitwise_xor_(_shifted(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
     x.bitwise_xor_(_shifted(x, 27)).mul_(_signed(0x94D049BB133111EB))
     x.bitwise_xor_(_shifted(x, 31))
-    return _shifted(x, 64 - DRAW_BITS)
+    halves = torch.stack([x & ((1 << DRAW_BITS) - 1), _shifted(x, DRAW_BITS)], dim=1).view(-1)
+    return halves[start & 1 :][:count]
 
 
 def kept(
@@ -47,8 +50,12 @@ def kept(
 
     Shapes: returns [count] bool. Density 1 keeps all, 0 none.
     """
-    threshold = math.ceil((1.0 - density) * (1 << DRAW_BITS))
-    return draws(key, start, count, device=device) >= threshold
+    return draws(key, start, count, device=device) >= threshold(density)
+
+
+def threshold(density: float) -> int:
+    """The least draw that survives a drop rate of 1 − density, in [0, 2³²]."""
+    return math.ceil((1.0 - density) * (1 << DRAW_BITS))
 
 
 def _signed(word: int) -> int:

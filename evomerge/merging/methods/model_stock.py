@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
-from evomerge.merging.methods.combination import moved, task_vectors, weighted_sum
+from evomerge.merging.kernels.program import BASE, Program, Row
+from evomerge.merging.methods.base import (
+    Block,
+    Blocks,
+    Coefficients,
+    MergeMethod,
+    Parameter,
+    facts_of,
+)
+from evomerge.merging.methods.combination import moved, task_vectors
 from evomerge.merging.methods.reductions import pairwise_sum, totals
 from evomerge.merging.methods.rows import RowWindow, row_length
 from evomerge.merging.methods.spheres import gram
@@ -25,7 +33,7 @@ def model_stock(base: Tensor, sources: Tensor, ratio: float | Tensor) -> Tensor:
 
         c = mean of cos∠(τᵢ, τⱼ) over all pairs i < j, within [0, 1]       τᵢ = θᵢ − θ₀
         t = N·c / (1 + (N − 1)·c)
-        θ = θ₀ + t·Σᵢ τᵢ/N
+        θ = θ₀ + Σᵢ (t/N)·τᵢ
 
     Shapes: base [n], sources [s, n] float32 with N = s; ratio t, one number or [n]; returns [n]
     float32. The cosines are those of whole tensors or rows (`ratios`), in float64; products and
@@ -38,11 +46,11 @@ def model_stock(base: Tensor, sources: Tensor, ratio: float | Tensor) -> Tensor:
     take c for 0.
     """
     count = len(sources)
-    total = weighted_sum(task_vectors(base, sources), [1.0] * count)
-    assert total is not None
-    still = ratio == 0
-    tau = total.mul_(ratio / count)
-    return torch.where(torch.as_tensor(still), base, moved(base, tau))
+    share = ratio / count
+    total: Tensor | None = None
+    for tau in task_vectors(base, sources):
+        total = tau * share if total is None else total.add_(tau * share)
+    return torch.where(torch.as_tensor(ratio == 0), base, moved(base, total))
 
 
 def ratios(products: Tensor, count: int, *, free: bool) -> Tensor:
@@ -103,8 +111,18 @@ class ModelStock(MergeMethod):
                 return ratios(sums, count, free=free).float().repeat_interleave(width)[None]
 
             return RowWindow(blocks, width, by_row)
-        sums = torch.tensor(totals(blocks, _products), dtype=torch.float64)
+        facts = facts_of(blocks)
+        products = facts.gram(from_base=True) if facts else totals(blocks, _products)
+        sums = torch.tensor(products, dtype=torch.float64)
         return ratios(sums[:, None], count, free=free).item()
+
+    def program(self, coefficients: Coefficients, prepared: float | RowWindow) -> Program | None:
+        if isinstance(prepared, RowWindow):
+            return None
+        count = len(coefficients.names)
+        share = prepared / count
+        rows = tuple(Row(index, share) for index in range(count))
+        return BASE if prepared == 0 else Program(rows, "base")
 
     def merge(
         self, block: Block, coefficients: Coefficients, prepared: float | RowWindow

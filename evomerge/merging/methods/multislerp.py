@@ -11,12 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from evomerge.errors import CandidateError
+from evomerge.merging.kernels.program import Program
 from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
 from evomerge.merging.methods.combination import NO_WEIGHT, normalised, sole
 from evomerge.merging.methods.spheres import (
     NO_DIRECTION,
     ORIGIN,
     Gram,
+    combination,
     combined,
     cosines,
     gram_of,
@@ -71,6 +73,9 @@ class MultiSlerp(MergeMethod):
         if sole(weights) is not None:
             return weights
         return multislerp(gram_of(blocks, coefficients), weights)
+
+    def program(self, coefficients: Coefficients, prepared: list[float]) -> Program:
+        return combination(coefficients, prepared)
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: list[float]) -> Tensor:
         only = sole(prepared)

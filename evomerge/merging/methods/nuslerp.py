@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from evomerge.merging.kernels.program import Program, Row, copy_of
 from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
-from evomerge.merging.methods.reductions import pairwise_sum, totals
+from evomerge.merging.methods.reductions import pairwise_sum
 from evomerge.merging.methods.rows import RowWindow, row_length, row_segments
-from evomerge.merging.methods.spheres import ORIGIN, gram, vectors
+from evomerge.merging.methods.spheres import ORIGIN, from_base, gram, triangle_of, vectors
 
 PARALLEL = 1e-12
 """Vectors with sin² Ω up to this are taken for parallel or opposite: the arc is a line, or none."""
@@ -90,6 +91,16 @@ class NuSlerp(MergeMethod):
             return _whole(blocks, coefficients, t)
         return (_by_row if rule == "row" else _by_column)(blocks, coefficients, t)
 
+    def program(self, coefficients: Coefficients, prepared: Factors) -> Program | None:
+        t = place(coefficients.floats("weight"))
+        if t in (0, 1):
+            return copy_of(int(t))
+        if coefficients.choice("vectors") != "tensor" and len(coefficients.shape) >= 2:
+            return None
+        near, far = (float(factor) for factor in prepared(0, 1))
+        origin = "base" if from_base(coefficients) else "zero"
+        return Program((Row(0, near), Row(1, far)), origin)
+
     def merge(self, block: Block, coefficients: Coefficients, prepared: Factors) -> Tensor:
         t = place(coefficients.floats("weight"))
         if t in (0, 1):
@@ -110,7 +121,7 @@ def place(weights: Sequence[float]) -> float:
 
 
 def _whole(blocks: Blocks, coefficients: Coefficients, t: float) -> Factors:
-    sums = totals(blocks, lambda block: gram(vectors(block, coefficients)))
+    sums = triangle_of(blocks, coefficients)
     near, far = arcs(t, torch.tensor(sums, dtype=torch.float64)[:, None])
     return lambda start, count: (near.item(), far.item())
 

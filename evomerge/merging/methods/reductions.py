@@ -1,7 +1,8 @@
 """Sums over a whole tensor that do not depend on how it is cut, on threads or on the device.
 
-A tensor is cut anew into segments of a fixed size; a segment is summed in float64 by a fixed tree
-of element-wise additions (no vendor reduction, whose order varies), the segments in turn.
+A tensor is cut anew into segments of a fixed size. In a segment each of 512 lanes adds up every
+512th term, in turn and in float64; a fixed tree adds the lanes (no vendor reduction, whose order
+varies), and the segments are added in turn. `kernels.facts` keeps to the same order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from evomerge.merging.methods.base import Block, Blocks
 
 SEGMENT = 1 << 17
+LANES = 512
 
 
 def segments(blocks: Blocks, size: int = SEGMENT) -> Iterator[Block]:
@@ -40,11 +42,23 @@ def totals(blocks: Blocks, terms: Callable[[Block], Tensor]) -> list[float]:
     Shapes: `terms` maps a block of n elements to [q, n] float64; returns q floats (none at all
     for a tensor without elements).
     """
-    sums = [pairwise_sum(terms(segment)) for segment in segments(blocks)]
-    if not sums:
-        return []
-    rows: list[list[float]] = torch.stack(sums).tolist()
+    sums = [pairwise_sum(_by_lanes(terms(segment))) for segment in segments(blocks)]
+    return added(torch.stack(sums)) if sums else []
+
+
+def added(sums: Tensor) -> list[float]:
+    """The segments' sums, added in turn. Shapes: [segments, q] float64; returns q floats."""
+    rows: list[list[float]] = sums.tolist()
     return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _by_lanes(terms: Tensor) -> Tensor:
+    """Every 512th term added up. Shapes: [q, n] -> [q, 512]."""
+    lanes = terms.new_zeros(len(terms), LANES)
+    for start in range(0, terms.shape[1], LANES):
+        part = terms[:, start : start + LANES]
+        lanes[:, : part.shape[1]] += part
+    return lanes
 
 
 def pairwise_sum(x: Tensor) -> Tensor:

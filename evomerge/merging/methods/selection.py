@@ -23,11 +23,13 @@ class Cut:
     """Keeps the magnitudes above a threshold, and of those equal to it the first ones.
 
     `pattern` is the threshold's float32 bit pattern; `last` the flat index of the last element
-    equal to it that is kept.
+    equal to it that is kept. Where that is not located yet, `equal` says how many of them are kept
+    (`last` is then −1): a kernel that walks the tensor counts them as it goes.
     """
 
     pattern: int
     last: int
+    equal: int = 0
 
     @property
     def keeps_all(self) -> bool:

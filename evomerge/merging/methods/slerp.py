@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
+from evomerge.merging.kernels.program import Program, Row, copy_of
+from evomerge.merging.methods.base import (
+    Block,
+    Blocks,
+    Coefficients,
+    MergeMethod,
+    Parameter,
+    facts_of,
+)
 from evomerge.merging.methods.reductions import totals
 
 PARALLEL = 0.9995
@@ -41,11 +49,19 @@ def slerp(first: Tensor, second: Tensor, *, t: float, cosine: float) -> Tensor:
 def cosine_of(blocks: Blocks) -> float:
     """⟨a, b⟩ / (‖a‖·‖b‖) of the two sources' whole tensors, in float64; 0 where a norm is 0."""
 
+    if (facts := facts_of(blocks)) is not None:
+        first, dot, second = facts.gram(from_base=False)
+        return _cosine(dot, first, second)
+
     def products(block: Block) -> Tensor:
         a, b = block.sources.double()
         return torch.stack([a * b, a * a, b * b])
 
     dot, first, second = totals(blocks, products) or (0.0, 0.0, 0.0)
+    return _cosine(dot, first, second)
+
+
+def _cosine(dot: float, first: float, second: float) -> float:
     norms = math.sqrt(first) * math.sqrt(second)
     return dot / norms if norms > 0 else 0.0
 
@@ -73,6 +89,13 @@ class Slerp(MergeMethod):
 
     def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> float:
         return cosine_of(blocks)
+
+    def program(self, coefficients: Coefficients, prepared: float) -> Program:
+        first, second = (coefficients.order.index(place) for place in (0, 1))
+        near, far = _arc(coefficients.number("t"), prepared)
+        if near == 0 or far == 0:
+            return copy_of(second if near == 0 else first)
+        return Program((Row(first, near), Row(second, far)), "zero")
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: float) -> Tensor:
         # sources lie in name order; the arc runs in the recipe's

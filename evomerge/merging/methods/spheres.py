@@ -13,8 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, Parameter
-from evomerge.merging.methods.combination import moved, weighted_sum
+from evomerge.merging.kernels.program import Program, copy_of, weighted
+from evomerge.merging.methods.base import Block, Blocks, Coefficients, Parameter, facts_of
+from evomerge.merging.methods.combination import moved, sole, weighted_sum
 from evomerge.merging.methods.reductions import totals
 
 Gram: TypeAlias = list[list[float]]
@@ -35,6 +36,11 @@ ORIGIN = Parameter(
 )
 
 
+def from_base(coefficients: Coefficients) -> bool:
+    """Whether the vectors start from the base."""
+    return coefficients.choice("origin") == "base"
+
+
 def vectors(block: Block, coefficients: Coefficients) -> Tensor:
     """The models of a block, or their task vectors if `origin` is the base. Shapes: [s, n]."""
     if coefficients.choice("origin") == "zero":
@@ -52,6 +58,14 @@ def combined(block: Block, coefficients: Coefficients, factors: Sequence[float])
     return moved(block.base, total)
 
 
+def combination(coefficients: Coefficients, factors: Sequence[float]) -> Program:
+    """`combined` as data; a lone factor of 1 is that source."""
+    only = sole(factors)
+    if only is not None:
+        return copy_of(only)
+    return weighted(factors, "base" if from_base(coefficients) else "zero")
+
+
 def gram(rows: Tensor) -> Tensor:
     """The products whose sums are the Gram matrix's upper triangle.
 
@@ -64,7 +78,14 @@ def gram(rows: Tensor) -> Tensor:
 
 def gram_of(blocks: Blocks, coefficients: Coefficients) -> Gram:
     """The Gram matrix of the whole tensors (see `vectors`), in an order that no cutting changes."""
-    return square(totals(blocks, lambda block: gram(vectors(block, coefficients))))
+    return square(triangle_of(blocks, coefficients))
+
+
+def triangle_of(blocks: Blocks, coefficients: Coefficients) -> list[float]:
+    """The upper triangle of the Gram matrix, by rows [s·(s+1)/2]."""
+    if (facts := facts_of(blocks)) is not None:
+        return facts.gram(from_base=from_base(coefficients))
+    return totals(blocks, lambda block: gram(vectors(block, coefficients)))
 
 
 def square(triangle: Sequence[float]) -> Gram:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from evomerge.merging.kernels.program import Program, copy_of, weighted
 from evomerge.merging.methods.base import Block, Coefficients, MergeMethod, Parameter
 from evomerge.merging.methods.combination import (
     moved,
@@ -42,11 +43,16 @@ def task_arithmetic(
     Source: Ilharco et al. 2023, arXiv:2212.04089, one λ for a plain sum. Weights and `normalize`
     are mergekit's, which computes in the dtype of the checkpoints unless told otherwise.
     """
-    shares = [scale * weight for weight in normalised(weights, normalize=normalize)]
+    shares = shares_of(weights, scale=scale, normalize=normalize)
     only = sole(shares)
     if only is not None:
         return sources[only].clone()
     return moved(base, weighted_sum(task_vectors(base, sources), shares))
+
+
+def shares_of(weights: Sequence[float], *, scale: float, normalize: bool) -> list[float]:
+    """λ·wᵢ, or λ·wᵢ/Σw with `normalize`."""
+    return [scale * weight for weight in normalised(weights, normalize=normalize)]
 
 
 class TaskArithmetic(MergeMethod):
@@ -60,6 +66,15 @@ class TaskArithmetic(MergeMethod):
         Parameter("normalize", "recipe", "bool", False, "divide by the sum of the weights"),
         Parameter("lambda", "recipe", "float", 1.0, "factor of the summed task vectors"),
     )
+
+    def program(self, coefficients: Coefficients, prepared: Any) -> Program:
+        shares = shares_of(
+            coefficients.floats("weight"),
+            scale=coefficients.number("lambda"),
+            normalize=coefficients.flag("normalize"),
+        )
+        only = sole(shares)
+        return weighted(shares, "base") if only is None else copy_of(only)
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: Any) -> Tensor:
         assert block.base is not None

@@ -11,15 +11,27 @@ from typing import Protocol
 
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Blocks, Coefficients
+from evomerge.merging.kernels.program import Program, Row, copy_of
+from evomerge.merging.methods.base import Block, Blocks, Coefficients, facts_of
 from evomerge.merging.methods.combination import moved, normalised, sole, weighted_sum
 from evomerge.merging.methods.election import (
     balance,
     consensus,
+    election_program,
     needs_balance,
     sole_voter,
     tie_sign,
 )
+
+
+class Rows(Protocol):
+    """A thinning that can be said as data."""
+
+    def keeps_all(self, source: int) -> bool:
+        """As in `Thinning`."""
+
+    def row(self, source: int, factor: float, weight: float) -> Row:
+        """factor·τ̂ᵢ, which counts `weight` in a divisor."""
 
 
 class Thinning(Protocol):
@@ -34,10 +46,10 @@ class Thinning(Protocol):
 
 @dataclass(frozen=True)
 class Ballot:
-    """A thinning, and the sign elected where its votes sum to 0."""
+    """A thinning, and the sign elected where its votes sum to 0 (None: left to the kernel)."""
 
     thinning: Thinning
-    tie: int
+    tie: int | None
 
 
 def thinned_sum(block: Block, thinning: Thinning, coefficients: Coefficients) -> Tensor:
@@ -46,9 +58,7 @@ def thinned_sum(block: Block, thinning: Thinning, coefficients: Coefficients) ->
     A lone source of share 1 that is left whole is returned bit for bit. Shapes: returns [n].
     """
     assert block.base is not None
-    scale, normalize = coefficients.number("lambda"), coefficients.flag("normalize")
-    weights = normalised(coefficients.floats("weight"), normalize=normalize)
-    shares = [scale * weight for weight in weights]
+    shares = _shares(coefficients)
     only = sole(shares)
     if only is not None and thinning.keeps_all(only):
         return block.sources[only].clone()
@@ -57,12 +67,43 @@ def thinned_sum(block: Block, thinning: Thinning, coefficients: Coefficients) ->
     return moved(block.base, weighted_sum(taus, [shares[index] for index in active]))
 
 
-def balloted(blocks: Blocks, thinning: Thinning, coefficients: Coefficients) -> Ballot:
-    """The ballot of a whole tensor; reads it if the rule for ties asks for the balance."""
+def sum_program(thinning: Rows, coefficients: Coefficients) -> Program:
+    """`thinned_sum` as data."""
+    shares = _shares(coefficients)
+    only = sole(shares)
+    if only is not None and thinning.keeps_all(only):
+        return copy_of(only)
+    rows = (thinning.row(i, share, 1.0) for i, share in enumerate(shares) if share != 0)
+    return Program(tuple(rows), "base")
+
+
+def _shares(coefficients: Coefficients) -> list[float]:
+    scale, normalize = coefficients.number("lambda"), coefficients.flag("normalize")
+    weights = normalised(coefficients.floats("weight"), normalize=normalize)
+    return [scale * weight for weight in weights]
+
+
+def balloted(
+    blocks: Blocks, thinning: Thinning, coefficients: Coefficients, *, kernel_counts: bool = False
+) -> Ballot:
+    """The ballot of a whole tensor; reads it if the rule for ties asks for the balance.
+
+    `kernel_counts` says that the thinning is `Rows`, so that a kernel can count it.
+    """
     weights, total = coefficients.floats("weight"), 0
     if needs_balance(coefficients):
+        if kernel_counts and facts_of(blocks):
+            return Ballot(thinning, None)
         total = balance(thinned_votes(block, thinning, weights) for block in blocks())
     return Ballot(thinning, tie_sign(coefficients.choice("sign_tie"), total))
+
+
+def consensus_program(thinning: Rows, tie: int | None, coefficients: Coefficients) -> Program:
+    """`thinned_consensus` as data."""
+    weights = coefficients.floats("weight")
+    rows = [thinning.row(index, weight, weight) for index, weight in enumerate(weights)]
+    whole = [thinning.keeps_all(index) for index in range(len(weights))]
+    return election_program(coefficients, rows, tie=tie, whole=whole)
 
 
 def thinned_consensus(block: Block, ballot: Ballot, coefficients: Coefficients) -> Tensor:
@@ -78,6 +119,7 @@ def thinned_consensus(block: Block, ballot: Ballot, coefficients: Coefficients) 
     whole = sole_voter(coefficients)
     if whole is not None and ballot.thinning.keeps_all(whole):
         return block.sources[whole].clone()
+    assert ballot.tie is not None
     tau = consensus(
         thinned_votes(block, ballot.thinning, weights),
         voters,

@@ -13,18 +13,27 @@ from typing import Any
 
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
+from evomerge.merging.kernels.program import Program, Row
+from evomerge.merging.methods.base import (
+    Block,
+    Blocks,
+    Coefficients,
+    MergeMethod,
+    Parameter,
+    facts_of,
+)
 from evomerge.merging.methods.combination import moved
 from evomerge.merging.methods.election import (
     balance,
     consensus,
     election_parameters,
+    election_program,
     needs_balance,
     sole_voter,
     tie_sign,
 )
 from evomerge.merging.methods.selection import Cut
-from evomerge.merging.methods.trimming import trims_of
+from evomerge.merging.methods.trimming import trims_of, trims_within
 from evomerge.merging.values import Scalar
 
 PRESETS: Mapping[str, Mapping[str, Scalar]] = MappingProxyType(
@@ -126,10 +135,13 @@ def trimmed_votes(block: Block, trims: Sequence[Cut], weights: Sequence[float]) 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `merge` must know of a whole tensor: each source's trim [s], and the sign at a tie."""
+    """What `merge` must know of a whole tensor: each source's trim [s], and the sign at a tie.
+
+    The sign is None where it is left to the kernel.
+    """
 
     trims: tuple[Cut, ...]
-    tie: int
+    tie: int | None
 
 
 @dataclass(frozen=True)
@@ -181,13 +193,25 @@ class Ties(MergeMethod):
             return Prepared(survey.trims[coefficients.tensor], tie_sign(rule, survey.balance))
         if coefficients.number("lambda") == 0:
             return Prepared((), 0)
-        trims = trims_of(lambda: [(coefficients, blocks)], across=False)[coefficients.tensor]
+        trims = trims_within(blocks, coefficients)
         counted = needs_balance(coefficients)
+        if counted and facts_of(blocks):
+            return Prepared(trims, None)
         total = balance(_ballots(blocks, coefficients, trims)) if counted else 0
         return Prepared(trims, tie_sign(rule, total))
 
+    def program(self, coefficients: Coefficients, prepared: Prepared) -> Program:
+        whole = [trim.keeps_all for trim in prepared.trims]
+        weights = coefficients.floats("weight")
+        rows = [
+            Row(index, weights[index], weights[index], cut=None if trim.keeps_all else trim)
+            for index, trim in enumerate(prepared.trims)
+        ]
+        return election_program(coefficients, rows, tie=prepared.tie, whole=whole)
+
     def merge(self, block: Block, coefficients: Coefficients, prepared: Prepared) -> Tensor:
         assert block.base is not None
+        assert prepared.tie is not None
         whole = sole_voter(coefficients)
         if whole is not None and prepared.trims[whole].keeps_all:
             return block.sources[whole].clone()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from evomerge.merging.methods.base import Blocks, Coefficients
+from evomerge.merging.methods.base import Blocks, Coefficients, facts_of
 from evomerge.merging.methods.selection import (
     KEEP_ALL,
     KEEP_NONE,
@@ -60,6 +60,22 @@ def trims_of(stream: Stream, *, across: bool) -> dict[str, tuple[Cut, ...]]:
         tensor: tuple(found[group].shifted(offset) for group, offset in row)
         for tensor, row in spans.items()
     }
+
+
+def trims_within(blocks: Blocks, coefficients: Coefficients) -> tuple[Cut, ...]:
+    """Each source's trim of one tensor [s]; of a source without weight, which plays no part, none
+    is sought."""
+    facts = facts_of(blocks)
+    if facts is None:
+        return trims_of(lambda: [(coefficients, blocks)], across=False)[coefficients.tensor]
+    trims = []
+    for group, weight in zip(_groups(coefficients), coefficients.floats("weight"), strict=True):
+        cut = _fixed(group.density, coefficients.size, across=False)
+        if cut is None and weight == 0:
+            cut = KEEP_ALL
+        quota = _quota(group, coefficients.size)
+        trims.append(facts.cut(group.source, quota) if cut is None else cut)
+    return tuple(trims)
 
 
 def _groups(coefficients: Coefficients) -> list[_Group]:

@@ -29,13 +29,13 @@ def case(seed: int = 0, size: int = 300, **parameters: float | bool | str) -> Ca
 
 
 def test_by_hand() -> None:
-    assert (uniforms(3, "a", 4) >= 0.5).tolist() == [False, False, True, True]
-    assert (uniforms(3, "b", 4) >= 0.5).tolist() == [False, True, False, True]
+    assert (uniforms(750, "a", 4) >= 0.5).tolist() == [False, False, True, True]
+    assert (uniforms(750, "b", 4) >= 0.5).tolist() == [False, True, False, True]
     sources = {
         "a": torch.tensor([2.0, 3.0, 0.0, 5.0]),
         "b": torch.tensor([10.0, 4.0, 4.0, 0.0]),
     }
-    small = Case(torch.ones(4), sources, {"density": 0.5, "lambda": 0.5}, seed=3)
+    small = Case(torch.ones(4), sources, {"density": 0.5, "lambda": 0.5}, seed=750)
     # kept and doubled: a [0, 0, -2, 8], b [0, 6, 0, -2]; half their sum is [0, 3, -1, 3]
     assert merged(DareLinear(), small).tolist() == [1.0, 4.0, 0.0, 4.0]
     # the last weight elects +, so only a's 8 counts

@@ -56,11 +56,11 @@ def thinned(given: Case, name: str, density: float, epsilon: float, rescale: str
 def test_by_hand() -> None:
     # one row, magnitudes 1 to 4: keep probabilities 0.3, 0.4333, 0.5667, 0.7
     tau = torch.tensor([4.0, -1.0, 3.0, 2.0])
-    u = draws(mask_key(3, "a", TENSOR), 0, 4).double() / 2**32
+    u = draws(mask_key(4, "a", TENSOR), 0, 4).double() / 2**32
     q = [0.7, 0.3, 0.5 + 0.2 / 3, 0.5 - 0.2 / 3]
     kept = [bool(x >= 1 - p) for x, p in zip(u, q, strict=True)]
     assert kept == [False, False, True, True]
-    small = Case(torch.ones(4), {"a": tau + 1}, {"density": 0.5, "epsilon": 0.2}, seed=3)
+    small = Case(torch.ones(4), {"a": tau + 1}, {"density": 0.5, "epsilon": 0.2}, seed=4)
     expected = [1.0, 1.0, 1 + 3 / q[2], 1 + 2 / q[3]]
     assert merged(DellaLinear(), small).tolist() == pytest.approx(expected, rel=1e-6)
     # l1: what is left, 5, grows to the 10 there was
