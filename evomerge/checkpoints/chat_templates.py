@@ -16,8 +16,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.tokenizer_files import read_json, write_json
+from evomerge.checkpoints.weights import Model
 from evomerge.errors import CheckpointError, SpecError
 from evomerge.spec import nearest
 
@@ -93,7 +93,7 @@ TEMPLATES: Mapping[str, str] = {
 """Formats by name, from the descriptions that their makers publish."""
 
 
-def chat_template(choice: str, models: Sequence[Checkpoint]) -> str | None:
+def chat_template(choice: str, models: Sequence[Model]) -> str | None:
     """The template for `choice`: auto, a name of TEMPLATES, or the text of a template.
 
     `auto` is the template that most of the models with one have, of equals the first; None if no
@@ -132,16 +132,16 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def template_of(model: Checkpoint) -> str | None:
+def template_of(model: Model) -> str | None:
     """A checkpoint's own chat template, its default one if it has several."""
-    path = model.folder / _FILE
+    path = model.companion(_FILE)
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
     for name in (_OLD_FILE, _CONFIG):
-        found = read_json(model.folder / name).get("chat_template")
+        found = read_json(model.companion(name)).get("chat_template")
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
         if isinstance(found, str):

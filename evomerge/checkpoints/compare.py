@@ -27,12 +27,12 @@ _NAMED = 3  # of one kind of problem, name so many and count the rest
 
 
 def compare(
-    base: Weights, sources: Mapping[str, Weights], *, partial: bool = False
+    base: Weights, sources: Mapping[str, Weights], *, partial: bool = False, aligned: bool = False
 ) -> list[str]:
     """Every reason why `sources` cannot be merged onto `base`, a line each; empty if none.
 
     A tensor that only a source has is ignored in merging: it is logged, not reported. `partial`
-    sources need not have all of the base's tensors.
+    sources need not have all of the base's tensors; `aligned` ones are seen in one vocabulary.
     """
     problems: list[str] = []
     for name, source in sources.items():
@@ -43,7 +43,8 @@ def compare(
             if not partial:
                 problems += _missing(base, name, source)
             problems += [*_tensors(base, name, source), *_tying(base, name, source)]
-        problems += _vocabulary(base, name, source)
+        if not aligned:
+            problems += _vocabulary(base, name, source)
     return problems
 
 
@@ -107,22 +108,23 @@ def _vocabulary(base: Weights, name: str, source: Weights) -> Iterator[str]:
         token = min(moved, key=lambda t: ours[t])
         yield (
             f"source {name!r}: token {token!r} has id {theirs[token]}, in base {base.path} it is"
-            f" {ours[token]} ({len(moved)} tokens differ); all sources must share the base's"
-            " vocabulary"
+            f" {ours[token]} ({len(moved)} tokens differ); choose a vocabulary:"
+            " `tokenizer: union`"
         )
     elif replaced:
         token = min(replaced, key=lambda t: theirs[t])
         yield (
             f"source {name!r}: id {theirs[token]} is token {token!r}, in base {base.path} it is"
-            f" {taken[theirs[token]]!r} ({len(replaced)} ids differ); all sources must share the"
-            " base's vocabulary"
+            f" {taken[theirs[token]]!r} ({len(replaced)} ids differ); choose a vocabulary:"
+            " `tokenizer: union`"
         )
 
 
 def token_ids(checkpoint: Weights) -> dict[str, int]:
     """The id of every token by `tokenizer.json`; empty if the checkpoint has none."""
+    path = checkpoint.companion("tokenizer.json")
     try:
-        document = json.loads((checkpoint.folder / "tokenizer.json").read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = document["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: [token, log-probability], the id is the place
             vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
@@ -131,9 +133,7 @@ def token_ids(checkpoint: Weights) -> dict[str, int]:
     except (FileNotFoundError, NotADirectoryError):  # a raw state dict's folder is its file
         return {}
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder / 'tokenizer.json'}: not a tokenizer file ({error!r})"
-        ) from error
+        raise CheckpointError(f"{path}: not a tokenizer file ({error!r})") from error
 
 
 def _some(names: list[str]) -> str:

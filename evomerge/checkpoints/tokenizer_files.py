@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.weights import Model
 from evomerge.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
@@ -111,9 +111,9 @@ class TokenizerFile:
                     stages += step.get(inner) or ()
 
 
-def read_tokenizer_file(checkpoint: Checkpoint) -> TokenizerFile:
+def read_tokenizer_file(checkpoint: Model) -> TokenizerFile:
     """Read a checkpoint's `tokenizer.json`. Raises CheckpointError."""
-    path = checkpoint.folder / TOKENIZER
+    path = checkpoint.companion(TOKENIZER)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         read = TokenizerFile(checkpoint.path, document)

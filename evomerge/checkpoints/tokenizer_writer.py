@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.tokenizer_edit import edited_tokenizer
 from evomerge.checkpoints.tokenizer_files import (
     GENERATION,
@@ -20,6 +19,7 @@ from evomerge.checkpoints.tokenizer_files import (
     write_json,
 )
 from evomerge.checkpoints.vocabulary import Vocabulary
+from evomerge.checkpoints.weights import Model
 
 _CONFIG = "tokenizer_config.json"
 # Say nothing of ids, so they fit an edited vocabulary too.
@@ -37,25 +37,25 @@ _FORMATS = (
 
 
 def write_tokenizer(
-    folder: Path, vocabulary: Vocabulary, models: Mapping[str, Checkpoint]
+    folder: Path, vocabulary: Vocabulary, models: Mapping[str, Model]
 ) -> list[Path]:
     """Write the files of the output's tokenizer into `folder`; returns their paths.
 
     The donor's own files, byte for byte, where its vocabulary is kept; else `tokenizer.json` edited
     and only the files beside it that fit. Raises OSError.
     """
-    donor = models[vocabulary.donor].folder
+    donor = models[vocabulary.donor]
     if not vocabulary.is_edited:
         return _copies(donor, (TOKENIZER, _CONFIG, *_STRINGS_ONLY, *_FORMATS), folder)
     document = edited_tokenizer(vocabulary)
     written = [write_json(folder / TOKENIZER, document)]
-    if (donor / _CONFIG).is_file():
-        config = _edited_config(read_json(donor / _CONFIG), document["added_tokens"])
+    if donor.companion(_CONFIG).is_file():
+        config = _edited_config(read_json(donor.companion(_CONFIG)), document["added_tokens"])
         written.append(write_json(folder / _CONFIG, config))
     return written + _copies(donor, _STRINGS_ONLY, folder)
 
 
-def output_config(vocabulary: Vocabulary, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
+def output_config(vocabulary: Vocabulary, models: Mapping[str, Model]) -> dict[str, Any]:
     """The first model's config with the output's vocabulary size and token ids."""
     config = _with_ids(vocabulary, models, {n: m.config for n, m in models.items()})
     inner = config.get("text_config")  # of a model that also sees or hears
@@ -67,19 +67,19 @@ def output_config(vocabulary: Vocabulary, models: Mapping[str, Checkpoint]) -> d
 
 
 def output_generation_config(
-    vocabulary: Vocabulary, models: Mapping[str, Checkpoint]
+    vocabulary: Vocabulary, models: Mapping[str, Model]
 ) -> dict[str, Any] | None:
     """The first model's generation config with the output's token ids; None if it has none.
 
     Raises CheckpointError for one that is not JSON.
     """
     first = next(iter(models))
-    found = {name: read_json(model.folder / GENERATION) for name, model in models.items()}
+    found = {name: read_json(model.companion(GENERATION)) for name, model in models.items()}
     return _with_ids(vocabulary, models, found) if found[first] else None
 
 
 def _with_ids(
-    vocabulary: Vocabulary, models: Mapping[str, Checkpoint], configs: Mapping[str, Any]
+    vocabulary: Vocabulary, models: Mapping[str, Model], configs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A chosen model's tokenizer comes with the ids that its own config names."""
     first = next(iter(models))
@@ -117,6 +117,6 @@ def _edited_config(config: dict[str, Any], added: list[dict[str, Any]]) -> dict[
     return config
 
 
-def _copies(source: Path, names: Iterable[str], folder: Path) -> list[Path]:
-    found = [name for name in names if (source / name).is_file()]
-    return [Path(shutil.copyfile(source / name, folder / name)) for name in found]
+def _copies(model: Model, names: Iterable[str], folder: Path) -> list[Path]:
+    found = [path for name in names if (path := model.companion(name)).is_file()]
+    return [Path(shutil.copyfile(path, folder / path.name)) for path in found]

@@ -15,7 +15,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.tokenizer_files import (
     GENERATION,
     TokenizerFile,
@@ -24,6 +23,7 @@ from evomerge.checkpoints.tokenizer_files import (
 )
 from evomerge.checkpoints.tokenizer_merges import parts
 from evomerge.checkpoints.vocabulary_tensors import embedding_rows
+from evomerge.checkpoints.weights import Model
 from evomerge.errors import MergeError
 from evomerge.spec import nearest
 from evomerge.tokenizer_choice import BASE, INTERSECTION, UNION, TokenizerChoice
@@ -96,7 +96,7 @@ class Vocabulary:
         return found
 
 
-def plan_vocabulary(choice: TokenizerChoice, models: Mapping[str, Checkpoint]) -> Vocabulary:
+def plan_vocabulary(choice: TokenizerChoice, models: Mapping[str, Model]) -> Vocabulary:
     """Work out the vocabulary of a merge of `models`, in the recipe's order, `base` first if any.
 
     Raises MergeError for a choice that does not fit the models, CheckpointError for a model whose
@@ -105,10 +105,10 @@ def plan_vocabulary(choice: TokenizerChoice, models: Mapping[str, Checkpoint]) -
     return plan(choice, {name: read_tokens(model) for name, model in models.items()})
 
 
-def read_tokens(checkpoint: Checkpoint) -> ModelTokens:
+def read_tokens(checkpoint: Model) -> ModelTokens:
     """A checkpoint's tokenizer and number of rows. Raises CheckpointError."""
     file = read_tokenizer_file(checkpoint)
-    generation = read_json(checkpoint.folder / GENERATION)
+    generation = read_json(checkpoint.companion(GENERATION))
     named = file.named(checkpoint.config) | file.named(generation)
     return ModelTokens(file, embedding_rows(checkpoint), frozenset(named))
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.weights import Model
 from evomerge.errors import CheckpointError
 
 
-def vocabulary_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
+def vocabulary_tensors(checkpoint: Model) -> tuple[str, ...]:
     """Names of the input embedding, the output head and its bias, each tied weight once.
 
     In all of them the first axis is the token. Raises CheckpointError where transformers does not
@@ -35,7 +35,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def embedding_rows(checkpoint: Checkpoint) -> int:
+def embedding_rows(checkpoint: Model) -> int:
     """Rows of the input embedding, rows of padding included."""
     return checkpoint.shape(vocabulary_tensors(checkpoint)[0])[0]
 
@@ -53,7 +53,7 @@ def _names_of(model: nn.Module, wanted: Tensor) -> Iterator[str]:
             yield name
 
 
-def _stored(checkpoint: Checkpoint, name: str, model: Any) -> str | None:
+def _stored(checkpoint: Model, name: str, model: Any) -> str | None:
     """A checkpoint of the bare model, without its head's class, lacks that class's prefix."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
@@ -64,7 +64,7 @@ def _stored(checkpoint: Checkpoint, name: str, model: Any) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def _meta_model(checkpoint: Checkpoint) -> Any:
+def _meta_model(checkpoint: Model) -> Any:
     import transformers
 
     try:

@@ -43,6 +43,8 @@ class Weights(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
+    def companion(self, name: str) -> Path:
+        """Where the small file of that name lies, if there is one."""
 
 
 class Model(Weights, Protocol):
@@ -51,9 +53,6 @@ class Model(Weights, Protocol):
     @property
     def files(self) -> tuple[Path, ...]:
         """The weight files."""
-
-    def companion(self, name: str) -> Path:
-        """Where the file of that name lies, if there is one."""
 
     def scan(self, progress: Progress | None = None) -> Scan:
         """Digest of the contents, and tensors with NaN or infinity."""

@@ -11,13 +11,21 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 import evomerge
 from evomerge.checkpoints.adapted import open_models
+from evomerge.checkpoints.chat_templates import chat_template, write_chat_template
 from evomerge.checkpoints.compare import compare
 from evomerge.checkpoints.files import INDEX, WEIGHTS
+from evomerge.checkpoints.tokenizer_files import GENERATION, write_json
+from evomerge.checkpoints.tokenizer_writer import (
+    output_config,
+    output_generation_config,
+    write_tokenizer,
+)
 from evomerge.checkpoints.weights import Model
 from evomerge.checkpoints.writer import Entry, header, in_order, write_file
 from evomerge.errors import CandidateError, ExportError, MergeError, SpecError
@@ -29,6 +37,8 @@ from evomerge.merging.recipe import Recipe
 from evomerge.merging.stream import merged_tensors
 
 RECIPE_FILE = "evomerge_recipe.json"
+
+CONFIG = "config.json"
 
 _FROM_DONOR = (
     "generation_config.json",
@@ -90,7 +100,13 @@ def export(
 def open_merge(recipe: Recipe) -> Merge:
     """A recipe with its models opened. Raises SpecError with every reason why they do not fit."""
     merge = Merge(recipe, open_models(model.path for model in recipe.models))
-    if problems := compare(merge.anchor, merge.sources, partial=bool(recipe.slices)):
+    problems = compare(
+        merge.anchor,
+        merge.sources,
+        partial=bool(recipe.slices),
+        aligned=recipe.tokenizer is not None,
+    )
+    if problems:
         raise SpecError("recipe", problems)
     return merge
 
@@ -203,16 +219,42 @@ def _companions(donor: Model) -> list[Path]:
 
 
 def _write_companions(merge: Merge, recipe: Recipe, folder: Path) -> None:
-    config = dict(merge.anchor.config)
-    if recipe.dtype is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.dtype
-    if config:  # a raw state dict has none
-        _write_text(folder / "config.json", json.dumps(config, indent=2))
+    """Config, tokenizer, model card and recipe."""
+    if merge.anchor.config:  # a raw state dict has none
+        _write_text(folder / CONFIG, json.dumps(_config(merge), indent=2))
     _write_text(folder / RECIPE_FILE, json.dumps(recipe.to_json(), indent=2))
     _write_text(folder / "README.md", model_card(recipe))
-    for path in _companions(merge.donor):
-        shutil.copyfile(path, folder / path.name)
-        flush(folder / path.name)
+    for path in _write_tokenizer(merge, folder):
+        flush(path)
+
+
+def _config(merge: Merge) -> dict[str, Any]:
+    config = dict(merge.anchor.config)
+    if merge.vocabulary is not None:
+        before, after = merge.donor.config, output_config(merge.vocabulary, merge.members)
+        gone = before.keys() - after.keys()
+        changed = {key: value for key, value in after.items() if before.get(key) != value}
+        config = {key: value for key, value in config.items() if key not in gone} | changed
+    if merge.recipe.dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = merge.recipe.dtype
+    return config
+
+
+def _write_tokenizer(merge: Merge, folder: Path) -> list[Path]:
+    """Tokenizer, generation config and chat template; returns the paths written."""
+    written = [shutil.copyfile(path, folder / path.name) for path in _companions(merge.donor)]
+    vocabulary, members = merge.vocabulary, merge.members
+    if vocabulary is not None:
+        for path in written:
+            path.unlink()
+        written = write_tokenizer(folder, vocabulary, members)
+        generation = output_generation_config(vocabulary, members)
+        if generation is not None:
+            written.append(write_json(folder / GENERATION, generation))
+    if merge.recipe.chat_template is not None:
+        text = chat_template(merge.recipe.chat_template, list(members.values()))
+        written += write_chat_template(folder, text) if text is not None else []
+    return written
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.aligned import Aligned
+from evomerge.checkpoints.chat_templates import check_chat_template
+from evomerge.checkpoints.vocabulary import Vocabulary, plan_vocabulary
 from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError, ShapeMismatch, SpecError
 from evomerge.merging.compute import BLOCK_SIZE, Operands, merge_tensor
@@ -62,7 +65,8 @@ class Merge:
         self.sources: dict[str, Weights] = {
             source.name: self.models[source.model.path] for source in recipe.sources
         }
-        self.anchor: Weights = self.donor
+        self.vocabulary = self._vocabulary(recipe)
+        self.anchor: Weights = self.base or next(iter(self.sources.values()))
         if recipe.slices:
             self._stack(recipe.slices)
         self.names = self.anchor.names
@@ -111,16 +115,13 @@ class Merge:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def inputs(self, name: str) -> list[tuple[Weights, str]]:
-        """What one tensor is computed from: models, and their own names of it."""
+        """What one tensor is computed from: models of the recipe, and their own names of it."""
         if not self.is_merged(name):
             views = [self.anchor]
         else:
             views = [self.sources[source] for source in self.coefficients(name).names]
             views = [*([self.base] if self.base else []), *views]
-        return [
-            view.origin(name) if isinstance(view, Restacked | Stack) else (view, name)
-            for view in views
-        ]
+        return [_origin(view, name) for view in views]
 
     def method(self, name: str) -> MergeMethod:
         """The merge method of one tensor."""
@@ -142,21 +143,40 @@ class Merge:
         if self._survey(part_of(self.recipe, self._places[name])) is not None:
             return None
         known = self.coefficients(name)
-        models = tuple((self.sources[s].path, _origin(self.sources[s], name)) for s in known.names)
+        origins = (_origin(self.sources[source], name) for source in known.names)
+        models = tuple((model.path, own) for model, own in origins)
         source = tuple(sorted(known.source.items()))
         recipe = tuple(sorted(known.recipe.items()))
         parameters = (known.names, known.order, source, recipe, known.seed)
         method = self._part(name).method
-        return (method, self.dtype(name), self.anchor.path, models, parameters)
+        seen = repr(self.recipe.tokenizer)
+        return (method, self.dtype(name), self.anchor.path, models, parameters, seen)
+
+    @property
+    def members(self) -> dict[str, Model]:
+        """The models by their names in the recipe, the base first."""
+        base = {BASE: self.donor} if self.recipe.base else {}
+        return base | {s.name: self.models[s.model.path] for s in self.recipe.sources}
+
+    def _vocabulary(self, recipe: Recipe) -> Vocabulary | None:
+        """The result's vocabulary if the recipe chooses one; all models are then seen in it."""
+        if recipe.tokenizer is None:
+            return None
+        members = self.members
+        vocabulary = plan_vocabulary(recipe.tokenizer, members)
+        if not vocabulary.is_trivial:
+            if self.base is not None:
+                self.base = Aligned(BASE, vocabulary, members)
+            self.sources = {name: Aligned(name, vocabulary, members) for name in self.sources}
+        return vocabulary
 
     def _stack(self, slices: Slices) -> None:
         """See every model as the slices do."""
-        donor = self.anchor
         base = Restacked(self.base, BASE, slices) if self.base else None
         own = {name: Restacked(model, name, slices) for name, model in self.sources.items()}
         members = ({BASE: base} if base else {}) | own
         self.base, self.sources = base, {**own}
-        self.anchor = Stack(donor, members, slices)
+        self.anchor = Stack(self.donor, members, slices)
 
     def _part(self, name: str) -> Recipe:
         return self._parts[part_of(self.recipe, self._places[name])].recipe
@@ -193,13 +213,19 @@ class Merge:
 
 def _problems(recipe: Recipe) -> list[str]:
     problems = registry.check(recipe)
+    if recipe.chat_template is not None:
+        problem = check_chat_template(recipe.chat_template)
+        problems += [problem] if problem else []
     if recipe.dtype is not None and recipe.dtype not in DTYPES:
         problems.append(f"dtype: {recipe.dtype!r}{nearest(recipe.dtype, DTYPES)}")
     return problems
 
 
-def _origin(model: Weights, name: str) -> str:
-    return model.origin(name)[1] if isinstance(model, Restacked) else name
+def _origin(view: Weights, name: str) -> tuple[Weights, str]:
+    """The model behind a view, and its own name of a tensor."""
+    while isinstance(view, Restacked | Stack | Aligned):
+        view, name = view.origin(name)
+    return view, name
 
 
 def _find(model: ModelRef, checkpoints: Mapping[str, Model]) -> Model:

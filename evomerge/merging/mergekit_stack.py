@@ -67,29 +67,15 @@ def unsupported(document: Mapping[str, Any]) -> Iterator[str]:
             yield f"unknown key {key!r}{nearest(str(key), _KEYS)}"
     if document.get("modules") is not None:
         yield "modules: models of several modules are not supported; merge one stack of layers"
-    if document.get("chat_template") is not None:
-        yield "chat_template: not supported; the base's is kept, so set it in the result"
+    if not isinstance(document.get("chat_template"), str | None):
+        yield f"chat_template: expected a name or a template, got {document['chat_template']!r}"
+    if document.get("tokenizer") is not None and document.get("tokenizer_source") is not None:
+        yield "tokenizer: give it or tokenizer_source, not both"
     for key in ("dtype", "out_dtype"):
         if document.get(key) not in (None, *_DTYPES):
             yield f"{key}: expected {', '.join(_DTYPES)}, got {document[key]!r}"
     if not isinstance(document.get("parameters") or {}, Mapping):
         yield "parameters: expected a mapping"
-    yield from _tokenizer_faults(document)
-
-
-def _tokenizer_faults(document: Mapping[str, Any]) -> Iterator[str]:
-    given, key = document.get("tokenizer_source"), "tokenizer_source"
-    settings = document.get("tokenizer")
-    if isinstance(settings, Mapping):
-        given, key = settings.get("source"), "tokenizer.source"
-        for other in settings:
-            if other != "source" and settings[other]:
-                yield f"tokenizer.{other}: not supported; the base's tokenizer is kept as it is"
-    if given not in (None, "base", document.get("base_model")):
-        yield (
-            f"{key}: {given!r} is not supported; the result has the base's tokenizer (the first "
-            "model's where there is no base_model): write `base`, or leave it out"
-        )
 
 
 def read_slices(document: Mapping[str, Any], folder: Path, faults: list[str]) -> list[Slice]:

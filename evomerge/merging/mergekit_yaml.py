@@ -36,7 +36,8 @@ from evomerge.merging.methods import registry
 from evomerge.merging.methods.base import Parameter
 from evomerge.merging.recipe import BASE, ModelRef, Recipe, Source
 from evomerge.merging.values import Value
-from evomerge.spec import nearest
+from evomerge.spec import locate, nearest
+from evomerge.tokenizer_choice import TokenizerChoice, read_tokenizer
 
 
 def read_mergekit(document: Mapping[str, Any], folder: Path, *, subject: str = "recipe") -> Recipe:
@@ -72,6 +73,7 @@ class _Reader:
         faults: list[str],
     ) -> None:
         self._document, self._slices, self._faults = document, slices, faults
+        self._folder = folder
         self._name, self._method = document["merge_method"], method
         self._method_here = method.ours or self._name
         self._ours = {p.name: p for p in registry.get(self._method_here).parameters}
@@ -98,7 +100,26 @@ class _Reader:
             parameters=self._shared(),
             dtype=self._document.get("out_dtype") or self._document.get("dtype"),
             slices=() if is_whole(self._slices) else tuple(self._runs(names)),
+            tokenizer=self._tokenizer(names),
+            chat_template=self._document.get("chat_template"),
         )
+
+    def _tokenizer(self, names: Mapping[Use, str]) -> TokenizerChoice | None:
+        """The vocabulary that the file asks for; it calls models by their paths."""
+        called = {use.path: name for use, name in names.items() if use.number == 1}
+        if self._base is not None:
+            called.setdefault(self._base, BASE)
+
+        def name(model: str) -> str:
+            path = locate(model, self._folder) or model
+            if path not in called:
+                self._faults.append(f"tokenizer: {model!r} is not one of the merge's models")
+            return called.get(path, model)
+
+        for key in ("tokenizer_source", "tokenizer"):
+            if self._document.get(key) is not None:
+                return read_tokenizer(self._document[key], self._faults, where=key, model=name)
+        return None
 
     def _runs(self, names: Mapping[Use, str]) -> Iterator[dict[str, Layers]]:
         """For each slice the layers of its models; the base's under the name it has in slices."""

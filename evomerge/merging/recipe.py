@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evomerge.merging.values import Value, normalise
+from evomerge.tokenizer_choice import TokenizerChoice
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Recipe:
     `seed` keys the masks of stochastic methods. The first of `groups` that fits a tensor decides
     its method. `slices` are the runs of layers [first, end) that are stacked, bottom up: for each,
     the run that each source (and `base`) has a part with; without slices, models are merged whole.
+    `tokenizer` is the result's vocabulary where the models' differ; without, they must be one.
+    `chat_template` is auto, the name of a format, or a template.
     """
 
     method: str
@@ -77,6 +80,8 @@ class Recipe:
     seed: int = 0
     groups: tuple[Group, ...] = ()
     slices: tuple[Mapping[str, tuple[int, int]], ...] = ()
+    tokenizer: TokenizerChoice | None = None
+    chat_template: str | None = None
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
@@ -84,9 +89,11 @@ class Recipe:
         return (*([self.base] if self.base else []), *(source.model for source in self.sources))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain JSON data; groups and slices only where there are any."""
+        """Everything, as plain JSON data; of what most recipes lack, only what there is."""
         groups = {"groups": [_group_json(group) for group in self.groups]} if self.groups else {}
         slices = {"slices": [_slice_json(ranges) for ranges in self.slices]} if self.slices else {}
+        tokenizer = {"tokenizer": self.tokenizer.to_json()} if self.tokenizer else {}
+        template = {"chat_template": self.chat_template} if self.chat_template else {}
         return {
             "method": self.method,
             "base": _model_json(self.base),
@@ -103,11 +110,13 @@ class Recipe:
             "seed": self.seed,
             **groups,
             **slices,
+            **tokenizer,
+            **template,
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Recipe:
-        base = document["base"]
+        base, tokenizer = document["base"], document.get("tokenizer")
         return cls(
             method=document["method"],
             base=ModelRef(base["path"], base["digest"]) if base else None,
@@ -120,6 +129,8 @@ class Recipe:
             seed=document["seed"],
             groups=tuple(_group(entry) for entry in document.get("groups", ())),
             slices=tuple(_slice(entry) for entry in document.get("slices", ())),
+            tokenizer=TokenizerChoice.from_json(tokenizer) if tokenizer else None,
+            chat_template=document.get("chat_template"),
         )
 
     def canonical(self) -> str:

@@ -16,8 +16,20 @@ from evomerge.merging.mergekit_methods import is_mergekit
 from evomerge.merging.recipe import SELECTORS, Group, ModelRef, Recipe, Source
 from evomerge.merging.values import Value, check_selector, is_layer_range, normalise
 from evomerge.spec import locate, nearest
+from evomerge.tokenizer_choice import TokenizerChoice, read_tokenizer
 
-_KEYS = ("method", "base", "sources", "parameters", "dtype", "seed", "groups", "slices")
+_KEYS = (
+    "method",
+    "base",
+    "sources",
+    "parameters",
+    "dtype",
+    "seed",
+    "groups",
+    "slices",
+    "tokenizer",
+    "chat_template",
+)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -41,6 +53,8 @@ def load_recipe(path: Path) -> Recipe:
     Relative paths are taken from the file's folder. Raises SpecError with every problem.
     """
     document = read_yaml(path)
+    if isinstance(document, dict) and isinstance(document.get("recipe"), dict):
+        document = document["recipe"]  # all that `evomerge best --json` prints
     if not isinstance(document, dict):
         raise SpecError(str(path), ["a recipe is a mapping with `method`, `base`, `sources`"])
     folder = path.resolve().parent
@@ -58,6 +72,8 @@ def load_recipe(path: Path) -> Recipe:
     parameters = _read_parameters(document.get("parameters") or {}, "parameters", faults)
     groups = tuple(_read_groups(document.get("groups") or [], faults))
     slices = tuple(_read_slices(document.get("slices") or [], faults))
+    tokenizer = document.get("tokenizer")
+    choice = None if tokenizer is None else _tokenizer(tokenizer, faults)
     if faults:
         raise SpecError(str(path), faults)
     return Recipe(
@@ -69,11 +85,21 @@ def load_recipe(path: Path) -> Recipe:
         seed=document.get("seed", 0),
         groups=groups,
         slices=slices,
+        tokenizer=choice,
+        chat_template=document.get("chat_template"),
     )
 
 
+def _tokenizer(document: Any, faults: list[str]) -> TokenizerChoice:
+    """A choice as a user writes it, or as `Recipe.to_json` does."""
+    try:
+        return TokenizerChoice.from_json(document)
+    except (KeyError, TypeError):
+        return read_tokenizer(document, faults)
+
+
 def _mistyped(document: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("method", "dtype"):
+    for key in ("method", "dtype", "chat_template"):
         if not isinstance(document.get(key), str | None):
             yield f"{key}: expected a name, got {document[key]!r}"
     if type(document.get("seed", 0)) is not int:

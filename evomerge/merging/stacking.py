@@ -37,6 +37,7 @@ class Restacked:
         self.config = model.config
         self._model = model
         self._layers = dict(_layers(name, slices))
+        self.companion = model.companion
         self._below, self._above = name in slices[0], name in slices[-1]
         depth = _depth(model)
         beyond = [layer for layer in self._layers.values() if layer >= depth]
@@ -109,6 +110,7 @@ class Stack:
     def __init__(self, donor: Weights, members: Mapping[str, Restacked], slices: Slices) -> None:
         self.path = donor.path
         self.folder = donor.folder
+        self.companion = donor.companion
         self._members = members
         self.config = _config(donor, members, slices)
         self.names = tuple(sorted({name for member in members.values() for name in member.names}))

@@ -316,12 +316,16 @@ WEIGHTED = "models: [{model: a, parameters: {weight: 1}}]\n"
         (f"models: [{{model: a}}]\n{TO_BASE}ties", "models.0: ties needs 'weight'"),
         (f"{WEIGHTED}{TO_BASE}tise", "merge_method: unknown 'tise'; did you mean 'ties'?"),
         (f"{WEIGHTED}{TO_BASE}ties\nmodules: {{}}", "modules: "),
-        (f"{WEIGHTED}{TO_BASE}ties\nchat_template: chatml", "chat_template: not supported"),
-        (f"{WEIGHTED}{TO_BASE}ties\ntokenizer_source: union", "tokenizer_source: 'union'"),
-        (f"{WEIGHTED}{TO_BASE}ties\ntokenizer: {{source: b}}", "tokenizer.source: 'b'"),
+        (f"{WEIGHTED}{TO_BASE}ties\nchat_template: [chatml]", "chat_template: expected a name"),
+        (f"{WEIGHTED}{TO_BASE}ties\ntokenizer_source: [a]", "tokenizer_source: base, union, inter"),
+        (f"{WEIGHTED}{TO_BASE}ties\ntokenizer: {{source: b}}", "tokenizer: 'b' is not one of the"),
         (
             f"{WEIGHTED}{TO_BASE}ties\ntokenizer: {{source: base, tokens: {{x: {{}}}}}}",
-            "tokenizer.tokens: not supported",
+            "tokenizer.tokens.x: ",
+        ),
+        (
+            f"{WEIGHTED}{TO_BASE}ties\ntokenizer: {{source: base}}\ntokenizer_source: base",
+            "tokenizer: give it or tokenizer_source, not both",
         ),
         (f"{WEIGHTED}{TO_BASE}ties\nout_dtype: int8", "out_dtype: expected float32"),
         (f"{WEIGHTED}{TO_BASE}ties\nmerge: 1", "unknown key 'merge'"),
@@ -367,7 +371,7 @@ def test_what_is_refused_and_how(text: str, problem: str, read: Any) -> None:
 
 
 def test_every_problem_in_one_go(read: Any) -> None:
-    text = f"models: [{{model: 3}}, {{mode: b}}]\nchat_template: auto\ndtype: int4\n{TO_BASE}tis"
+    text = f"models: [{{model: 3}}, {{mode: b}}]\nchat_template: []\ndtype: int4\n{TO_BASE}tis"
     with pytest.raises(SpecError) as caught:
         read(text.replace("dtype: float32\n", ""))
     assert len(caught.value.problems) == 5
