@@ -1,14 +1,15 @@
 """The Ray executor: one actor for each worker, on a local Ray or a running cluster.
 
 Weights never travel through Ray: every actor memory-maps the sources itself, and only recipes and
-scores cross. Ray's own retries are off, since attempts are the controller's.
+scores cross. Ray's own retries are off, since attempts are the controller's. Knows nothing of
+nodes: Ray places actors, and what fails again and again rests where it is.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +23,53 @@ from evomerge.spec import Workers
 from evomerge.trial import Failure
 from workers.actor import WorkerActor
 
-_BOOT_S = 300.0
+_BOOT_S = 900.0  # an autoscaler may have to start a machine and pull an image first
+_BOOTS = 3
 
 
 @dataclass
 class _Slot:
-    """An actor and the job it runs; `pending` until the cluster has placed it."""
+    """A place for one worker: its actor, the job it runs, and how its attempts fare."""
 
     actor: Any
     pending: Any  # the ref of its first answer, None once that came
     token: str | None = None
+    well: bool = False  # its last attempt came back whole
+    strikes: int = 0  # failures since then for which no candidate is to blame
+    rests_until_s: float = 0.0
+    worn: bool = False  # needs a new actor before its next job
+
+    def is_free(self, now_s: float) -> bool:
+        """Whether a job can start here now: the cluster has placed it, nothing runs, no rest."""
+        return not (self.pending or self.worn or self.token or self.rests_until_s > now_s)
 
 
 class RayExecutor:
     """Runs up to `workers.count` actors, as many of them as the cluster has room for.
 
-    While there are fewer, one more is always asked for: it starts to work when there is room.
-    Joins the cluster of RAY_ADDRESS, else starts a local Ray that ends with the executor. Raises
-    UserError where the cluster cannot be joined.
+    The actors it has no room for stay asked for: they start to work when a node joins, and are the
+    demand that an autoscaler sees. A worker that fails twice in a row starts anew and, where others
+    do well, rests first, longer each time; it keeps its place meanwhile, so that a broken machine
+    does not draw the next worker in. Where all fail alike none rests: the study is to stop soon.
+    Joins the cluster of RAY_ADDRESS, else starts a local Ray that
+    ends with the executor. Raises UserError where the cluster cannot be joined.
     """
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        *,
+        actor: type = WorkerActor,
+        time_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if workers.num_gpus > 1 and workers.num_gpus % 1:
+            raise UserError(
+                f"workers.num_gpus: Ray grants a part of one GPU or whole GPUs, not "
+                f"{workers.num_gpus:g}"
+            )
         self._workers = workers
+        self._actor = actor
+        self._time_s = time_s
         self._slots: list[_Slot] = []
         self._running: dict[Any, _Slot] = {}  # result ref -> slot
         self._setup: Setup | None = None
@@ -53,16 +79,18 @@ class RayExecutor:
 
     def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         """See Executor.inspect."""
-        slot = self._slots[0] if self._slots else self._start()
-        try:
-            ray.get(slot.pending or slot.actor.ready.remote(), timeout=_BOOT_S)
-            slot.pending = None
-            # reads every byte of every checkpoint: no limit on that
-            return read_inspection(ray.get(slot.actor.inspect.remote(dict(spec))))
-        except GetTimeoutError:
-            raise InfrastructureError(_no_room(self._workers)) from None
-        except RayError as error:
-            raise WorkerLost(f"the worker died checking the spec: {_one_line(error)}") from None
+        for tried in range(1, _BOOTS + 1):
+            slot = self._slots[0] if self._slots else self._add()
+            try:
+                return self._inspect_on(slot, spec)
+            except GetTimeoutError:
+                raise InfrastructureError(_no_room(self._workers)) from None
+            except RayError as error:  # its machine may be gone; another can do the same
+                self._end(slot)
+                if tried == _BOOTS:
+                    reason = f"{tried} workers died checking the spec; the last: {_one_line(error)}"
+                    raise WorkerLost(reason) from None
+        raise AssertionError("the last try returns or raises")
 
     def prepare(self, setup: Setup) -> None:
         """See Executor.prepare."""
@@ -73,11 +101,13 @@ class RayExecutor:
     def free(self) -> int:
         """See Executor.free. An actor counts once the cluster has placed it."""
         self._grow()
-        return sum(slot.pending is None and slot.token is None for slot in self._slots)
+        now_s = self._time_s()
+        return sum(slot.is_free(now_s) for slot in self._slots)
 
     def submit(self, job: Job) -> None:
         """See Executor.submit."""
-        slot = next(s for s in self._slots if s.pending is None and s.token is None)
+        now_s = self._time_s()
+        slot = next(slot for slot in self._slots if slot.is_free(now_s))
         slot.token = job.token
         result = slot.actor.run.remote(job.token, dict(job.recipe), job.part)
         self._running[result] = slot
@@ -91,13 +121,17 @@ class RayExecutor:
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """See Executor.poll."""
-        waiting = [*self._running, *(s.pending for s in self._slots if s.pending is not None)]
+        pending = {slot.pending: slot for slot in self._slots if slot.pending is not None}
+        waiting = [*self._running, *pending]
         if not waiting:
             time.sleep(timeout_s)
             return []
         ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         if ready:  # and whatever else is there by now
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        for answer in ready:
+            if answer in pending:
+                self._settle(pending[answer])
         return [self._collect(result) for result in ready if result in self._running]
 
     def close(self, *, now: bool) -> None:
@@ -105,62 +139,98 @@ class RayExecutor:
         if not now and self._running:
             ray.wait(list(self._running), num_returns=len(self._running))
         self._running.clear()
-        for slot in list(self._slots):
-            self._end(slot)
+        for slot in self._slots:
+            ray.kill(slot.actor)
+        self._slots.clear()
         if self._owns_ray:
             ray.shutdown()
 
+    def _inspect_on(self, slot: _Slot, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+        if slot.worn:
+            self._start(slot)
+        ray.get(slot.pending or slot.actor.ready.remote(), timeout=_BOOT_S)
+        slot.pending = None
+        # reads every byte of every checkpoint: no limit on that
+        return read_inspection(ray.get(slot.actor.inspect.remote(dict(spec))))
+
     def _grow(self) -> None:
-        """See which actors the cluster has placed, and ask for one more if that is all of them."""
-        for slot in [slot for slot in self._slots if slot.pending is not None]:
-            self._settle(slot)
-        placed = all(slot.pending is None for slot in self._slots)
-        if placed and len(self._slots) < self._workers.count:
-            self._start()
+        """Ask for every actor that is still missing, and for those that have rested."""
+        while len(self._slots) < self._workers.count:
+            self._add()
+        now_s = self._time_s()
+        for slot in self._slots:
+            if slot.worn and slot.rests_until_s <= now_s:
+                ray.kill(slot.actor)  # it may have kept its place while it rested
+                self._start(slot)
 
-    def _settle(self, slot: _Slot) -> None:
-        if not ray.wait([slot.pending], timeout=0)[0]:
-            return
-        try:
-            ray.get(slot.pending)
-            slot.pending = None
-        except RayError as error:
-            self._end(slot)
-            if not self._slots:
-                reason = _one_line(error)
-                raise InfrastructureError(f"a Ray actor died while it started: {reason}") from None
+    def _add(self) -> _Slot:
+        slot = _Slot(None, None)
+        self._start(slot)
+        self._slots.append(slot)
+        return slot
 
-    def _start(self) -> _Slot:
+    def _start(self, slot: _Slot) -> None:
         threads = str(self._workers.num_cpus)
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
                        "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-        actor = ray.remote(WorkerActor).options(
+        actor = ray.remote(self._actor).options(
             num_cpus=self._workers.num_cpus,
             num_gpus=self._workers.num_gpus,
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": environment},
         )
-        started = actor.remote()
-        slot = _Slot(started, started.ready.remote())
-        self._slots.append(slot)
+        slot.actor = actor.remote()
+        slot.pending = slot.actor.ready.remote()
+        slot.worn = False
         if self._setup is not None:
             slot.actor.prepare.remote(self._setup.to_json())
-        return slot
+
+    def _settle(self, slot: _Slot) -> None:
+        """Take in an actor's first answer. Raises InfrastructureError where none can start."""
+        try:
+            ray.get(slot.pending)
+            slot.pending = None
+        except RayError as error:
+            self._end(slot)
+            if slot.strikes >= _BOOTS and not any(other.well for other in self._slots):
+                raise InfrastructureError(
+                    f"no Ray actor starts; one died {slot.strikes} times, the last time: "
+                    f"{_one_line(error)}"
+                ) from None
 
     def _collect(self, result: Any) -> Event:
         slot = self._running.pop(result)
-        token, slot.token = slot.token or "", None
+        token = slot.token or ""
         try:
-            return event_of(ray.get(result))
+            event = event_of(ray.get(result))
         except RayError as error:
             self._end(slot)
             failure = Failure(WorkerLost.__name__, f"the Ray actor died: {_one_line(error)}")
             return Event(token, "ray", failure=failure)
+        slot.token = None
+        if event.failure is None or event.candidate:
+            slot.well, slot.strikes = True, 0
+        else:
+            self._strike(slot)
+            # at the 2nd, 4th, 8th: a new process mends what a broken device context cannot, but
+            # takes its time to start
+            slot.worn = slot.strikes > 1 and slot.strikes.bit_count() == 1
+        return event
 
     def _end(self, slot: _Slot) -> None:
-        self._slots.remove(slot)
         ray.kill(slot.actor)
+        slot.pending = slot.token = None
+        self._strike(slot)
+        slot.worn = True
+
+    def _strike(self, slot: _Slot) -> None:
+        """Count a failure that may be the machine's; from the second in a row it costs a rest."""
+        slot.well = False
+        slot.strikes += 1
+        alone = not any(other.well for other in self._slots)
+        rest_s = 0.0 if alone or slot.strikes < 2 else 2.0 ** min(slot.strikes - 2, 6)
+        slot.rests_until_s = self._time_s() + rest_s
 
 
 def _join(workers: Workers) -> None:

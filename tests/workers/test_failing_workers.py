@@ -1,0 +1,268 @@
+"""Workers that fail again and again, on a Ray made of plain objects and a clock that tests move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from run_synthetic import rows
+
+pytest.importorskip("ray")
+
+from ray.exceptions import RayActorError
+
+from evomerge.errors import InfrastructureError, StudyStopped, UserError, WorkerLost
+from evomerge.merging.recipe import ModelRef, Recipe
+from evomerge.service.baselines import baselines
+from evomerge.service.executor import Event, Job
+from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.spec import StudySpec, Workers
+from evomerge.store.memory import MemoryStore
+from evomerge.testing.synthetic import (
+    SyntheticExecutor,
+    synthetic_inspection,
+    synthetic_score,
+    synthetic_spec,
+)
+from workers import executor as module
+from workers.actor import WorkerActor
+from workers.executor import RayExecutor
+
+Answer = Callable[[int, int], str]
+"""(place, how many jobs ran there before) -> `score`, `broken`, `nan` or `dies`."""
+
+
+class FakeRay:
+    """One process: each call runs at once, and its ref is its answer's key.
+
+    An actor takes the lowest free place, as one machine after another; `boots` says whether the
+    n-th actor ever made comes up.
+    """
+
+    def __init__(self, answer: Answer, boots: Callable[[int], bool] = lambda n: True) -> None:
+        self._answer = answer
+        self._boots = boots
+        self._places: dict[int, Any] = {}
+        self._ran: dict[int, int] = {}
+        self._answers: dict[str, Any] = {}
+        self.started = 0
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def remote(self, kind: type) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._start))
+
+    def wait(self, refs: Sequence[str], num_returns: int, timeout: float) -> Any:
+        return list(refs)[:num_returns], []
+
+    def get(self, ref: str, timeout: float | None = None) -> Any:
+        answer = self._answers.pop(ref)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def kill(self, actor: Any) -> None:
+        if self._places.get(actor.place) is actor:
+            del self._places[actor.place]
+
+    def _start(self) -> Any:
+        place = next(i for i in range(99) if i not in self._places)
+        up = self._boots(self.started)
+        self.started += 1
+        actor = SimpleNamespace(place=place)
+        actor.ready = self._call(lambda: "up" if up else RayActorError(error_msg="no such module"))
+        actor.inspect = self._call(
+            lambda spec: {"inspection": synthetic_inspection(StudySpec.model_validate(spec))}
+        )
+        actor.prepare = self._call(lambda setup: None)
+        actor.run = self._call(lambda token, recipe, part: self._run(place, token, recipe, part))
+        self._places[place] = actor
+        return actor
+
+    def _call(self, method: Callable[..., Any]) -> Any:
+        def remote(*arguments: Any) -> str:
+            ref = f"ref {len(self._answers)} {id(object())} {self.started}"
+            while ref in self._answers:
+                ref += "+"
+            self._answers[ref] = method(*arguments)
+            return ref
+
+        return SimpleNamespace(remote=remote)
+
+    def _run(self, place: int, token: str, recipe: Mapping[str, Any], part: Any) -> Any:
+        before = self._ran.get(place, 0)
+        self._ran[place] = before + 1
+        what = self._answer(place, before)
+        event = {"token": token, "worker": f"place {place}", "seconds": {}}
+        if what == "dies":
+            return RayActorError(error_msg="the machine is gone")
+        if what == "score":
+            return {**event, "score": _score(recipe, part)}
+        error = {"broken": "RuntimeError", "nan": "NonFiniteModel"}[what]
+        failure = {"error": error, "message": "device-side assert"}
+        return {**event, "failure": failure, "candidate": what == "nan"}
+
+
+def _score(recipe: Mapping[str, Any], part: Any) -> dict[str, Any]:
+    return synthetic_score(Recipe.from_json(recipe), part, ["add", "sort"]).to_json()
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def executor_on(
+    monkeypatch: pytest.MonkeyPatch, ray: FakeRay, count: int = 2
+) -> tuple[RayExecutor, Clock]:
+    monkeypatch.setattr(module, "ray", ray)
+    clock = Clock()
+    executor = RayExecutor(Workers(count=count), time_s=clock)
+    executor.free()
+    executor.poll(0)
+    return executor, clock
+
+
+def one_round(executor: RayExecutor, name: str) -> Sequence[Event]:
+    """A job for every worker that is free, and what came of them."""
+    for n in range(executor.free()):
+        executor.submit(Job(f"{name}-{n}", RECIPE, "search"))
+    return executor.poll(0)
+
+
+def restarted(executor: RayExecutor) -> bool:
+    """Whether both workers are free, once an actor that was asked for has had its chance."""
+    executor.free()
+    executor.poll(0)
+    return executor.free() == 2
+
+
+SPEC = synthetic_spec().model_dump(mode="json")
+RECIPE = baselines(ModelRef("/base"), {"add": ModelRef("/add")}, "float32")[0].recipe
+
+
+def test_a_broken_worker_rests_longer_each_time_while_others_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(lambda place, before: "broken" if place == 1 else "score")
+    executor, clock = executor_on(monkeypatch, ray)
+    one_round(executor, "first failure")
+    assert executor.free() == 2, "one failure is nobody's habit"
+    rests_s = []
+    for turn in range(8):
+        one_round(executor, f"turn {turn}")
+        assert executor.free() == 1
+        began_s = clock.now_s
+        while not restarted(executor):
+            clock.now_s += 1.0
+        rests_s.append(clock.now_s - began_s)
+    assert rests_s == [1, 2, 4, 8, 16, 32, 64, 64]
+
+
+def test_a_worker_that_recovers_is_trusted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(lambda place, before: "broken" if place == 1 and before < 2 else "score")
+    executor, clock = executor_on(monkeypatch, ray)
+    for turn in range(2):
+        one_round(executor, f"turn {turn}")
+    started = ray.started
+    clock.now_s += 1.0
+    assert executor.free() == 1
+    assert ray.started == started + 1, "a new process, for what a broken device leaves behind"
+    executor.poll(0)
+    assert len([e for e in one_round(executor, "well") if e.score is not None]) == 2
+    assert executor.free() == 2
+
+
+def test_nobody_rests_where_all_fail_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, _clock = executor_on(monkeypatch, FakeRay(lambda place, before: "broken"))
+    for turn in range(20):
+        assert len(one_round(executor, f"turn {turn}")) == 2
+        executor.free()
+        executor.poll(0)
+
+
+def test_bad_candidates_are_not_held_against_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(lambda place, before: "nan" if place == 1 else "score")
+    executor, _clock = executor_on(monkeypatch, ray)
+    for turn in range(5):
+        assert len(one_round(executor, f"turn {turn}")) == 2
+    assert ray.started == 2
+
+
+def test_where_no_actor_starts_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, _clock = executor_on(monkeypatch, FakeRay(lambda *_: "score", lambda n: False))
+    restarted(executor)
+    with pytest.raises(InfrastructureError, match=r"died 3 times.*no such module"):
+        restarted(executor)
+
+
+def test_a_node_where_no_actor_starts_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(lambda *_: "score", lambda n: n == 0)
+    executor, clock = executor_on(monkeypatch, ray)
+    for turn in range(40):
+        clock.now_s += 1.0
+        assert [e.score is not None for e in one_round(executor, f"turn {turn}")] == [True]
+    assert ray.started < 12, "it is tried less and less often"
+
+
+def _study(executor: Any) -> MemoryStore:
+    spec, store = synthetic_spec(), MemoryStore()
+    record = open_study(spec, store, executor)
+    with controlling(record, store) as token:
+        assert build_controller(record, store, executor, token).run()
+    return store
+
+
+def test_a_worker_that_always_fails_changes_nothing_in_a_study(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(lambda place, before: "broken" if place == 2 else "score")
+    executor, _clock = executor_on(monkeypatch, ray, 3)
+    store = _study(executor)
+    assert rows(store, synthetic_spec()) == rows(_study(SyntheticExecutor()), synthetic_spec())
+
+
+@pytest.mark.parametrize("what", ["broken", "dies"])
+def test_a_study_stops_with_the_reason_all_attempts_give(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    reason = {"broken": "RuntimeError: device-side assert", "dies": "the machine is gone"}[what]
+    executor, _clock = executor_on(monkeypatch, FakeRay(lambda place, before: what))
+    with pytest.raises(StudyStopped, match=reason):
+        _study(executor)
+
+
+def test_an_inspection_moves_on_from_a_machine_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "ray", FakeRay(lambda *_: "score", lambda n: n == 2))
+    assert RayExecutor(Workers()).inspect(SPEC)["dtype"] == "float32"
+    monkeypatch.setattr(module, "ray", FakeRay(lambda *_: "score", lambda n: False))
+    with pytest.raises(WorkerLost, match=r"3 workers died.*no such module"):
+        RayExecutor(Workers()).inspect(SPEC)
+
+
+def test_a_worker_that_cannot_be_prepared_says_why() -> None:
+    actor = WorkerActor()
+    actor._worker.prepare = _no_torch  # type: ignore[method-assign]
+    actor.prepare({"spec": {}, "digests": {}, "dtype": "float32"})
+    answer = actor.run("token", {}, "search")
+    assert answer["failure"]["error"] == "ModuleNotFoundError"
+    assert "torch" in answer["failure"]["message"]
+    assert not answer["candidate"]
+
+
+def _no_torch(*_: Any, **__: Any) -> None:
+    raise ModuleNotFoundError("No module named 'torch'")
+
+
+def test_one_and_a_half_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match=r"num_gpus.*1\.5"):
+        RayExecutor(Workers(num_gpus=1.5))
