@@ -80,13 +80,20 @@ class Objective(_Section):
 
 
 class SamplerSpec(_Section):
-    """Which sampler proposes genomes. `sigma0` is in widths of a gene's bounds."""
+    """Which sampler proposes genomes. `sigma0` is in widths of a gene's bounds.
+
+    The last three are for CMA-ES: `schedule`, when results are learned from; `restarts`, how it
+    starts again once it stagnates; `warm_start`, an earlier study of the same store and space,
+    whose best genomes say where it starts.
+    """
 
     name: SamplerName = "cmaes"
     population: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
     sigma0: float = Field(default=0.1667, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    schedule: Literal["generational"] = "generational"
+    schedule: Literal["generational", "pipelined", "asynchronous"] = "generational"
+    restarts: Literal["ipop", "bipop", "same"] = "ipop"
+    warm_start: Name | None = None
 
 
 class Budget(_Section):
@@ -172,12 +179,22 @@ class StudySpec(_Section):
 
     def _conflicts(self) -> list[str]:
         """What is wrong between sections, each of them being fine by itself."""
-        if self.objective.aggregate == "mean" or self.sampler.name not in ("cmaes", "gp"):
-            return []
-        return [
-            f"sampler.name: {self.sampler.name!r} has one objective only; "
-            "use nsga2, tpe or random with `aggregate: pareto`"
-        ]
+        sampler, faults = self.sampler, list[str]()
+        if self.objective.aggregate == "pareto" and sampler.name in ("cmaes", "gp"):
+            faults.append(
+                f"sampler.name: {sampler.name!r} has one objective only; "
+                "use nsga2, tpe or random with `aggregate: pareto`"
+            )
+        if sampler.name == "cmaes":
+            return faults
+        if sampler.schedule != "generational":
+            faults.append(
+                f"sampler.schedule: {sampler.name!r} is generational only; "
+                f"{sampler.schedule!r} is for cmaes"
+            )
+        if sampler.warm_start is not None:
+            faults.append(f"sampler.warm_start: is for cmaes, not for {sampler.name!r}")
+        return faults
 
     def _located(self, folder: Path) -> StudySpec:
         objective = self.objective.model_copy(

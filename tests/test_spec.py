@@ -85,6 +85,8 @@ evaluation: {dtype: bfloat16, batch_size: auto, device: auto}
         ({"sources": ["x"]}, "sources: expected a mapping, got ['x']"),
         ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size: expected 'auto' or a number "
          "greater than or equal to 1, got 0"),
+        ({"evaluation": {"share_context": "never"}}, "evaluation.share_context: expected 'auto' "
+         "or true or false, got 'never'"),
         ({"sampler": {"sigma0": float("nan")}}, "sampler.sigma0: expected a finite number, "
          "got nan"),
         ({"space": 4}, "space: expected a string or a mapping, got 4"),

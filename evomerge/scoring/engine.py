@@ -15,7 +15,9 @@ import torch
 
 from evomerge.errors import OutOfMemory, TaskError
 from evomerge.scoring.generation import GenerationPlan, Prompt, Stopping, can_decode
-from evomerge.scoring.loglikelihood import LoglikelihoodPlan, Window, check_finite
+from evomerge.scoring.likelihoods import Layout, Likelihoods, may_share
+from evomerge.scoring.loglikelihood import Window, check_finite
+from evomerge.scoring.near_ties import Choice
 from evomerge.scoring.tasks import seed_everything, silence
 
 # The reply to a request as lm-eval's HFLM gives it: (log-likelihood, is greedy), a sum, or a text.
@@ -25,13 +27,16 @@ Reply = Any
 class Engine:
     """A model and tokenizer behind lm-eval's HFLM, used for encoding and for the uncommon cases."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int, share_context: bool | str = "auto"
+    ) -> None:
         from lm_eval.models.huggingface import HFLM
 
         with silence():
             self.lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.model = model
         self.batch_size = batch_size
+        self.share_context = may_share(model, share_context)
         self._decodes = can_decode(model)
         self._windows: dict[tuple[str, ...], list[Window]] = {}
         self._prompts: dict[tuple[str, int], Prompt] = {}
@@ -151,21 +156,23 @@ class Program:
             self._run_others(replies)
         return replies
 
-    def _lay_out_likelihoods(self) -> LoglikelihoodPlan | None:
+    def _lay_out_likelihoods(self) -> Likelihoods | None:
         if self._engine.lm.backend != "causal":
             return None
         windows: list[Window] = []
+        tasks: dict[str, dict[int, list[Choice]]] = {}
         for request, instance in enumerate(self._instances):
             if instance.request_type in ("loglikelihood", "loglikelihood_rolling"):
                 own = self._engine.windows(instance)
                 self._scored.append((request, len(windows), len(windows) + len(own)))
+                if self._engine.share_context and instance.request_type == "loglikelihood":
+                    items = tasks.setdefault(instance.task_name, {})
+                    choice = Choice(len(windows), *instance.args)
+                    items.setdefault(instance.doc_id, []).append(choice)
                 windows += own
-        return LoglikelihoodPlan(
-            windows,
-            batch_size=self._engine.batch_size,
-            max_length=self._engine.lm.max_length,
-            device=self._engine.lm.device,
-        )
+        lm = self._engine.lm
+        layout = Layout(self._engine.batch_size, lm.max_length, lm.device)
+        return Likelihoods(windows, [list(items.values()) for items in tasks.values()], layout)
 
     def _run_likelihoods(self, replies: list[Reply]) -> None:
         if self._likelihoods is None:

@@ -15,14 +15,22 @@ from typing import Any
 from evomerge.scoring.tasks import OTHER_SEED, RANDOM_SEED, LoadedTask, LoadedTasks
 
 # Raise it whenever the scorer's own code changes what the same weights score.
-_SCORER = 1
+_SCORER = 2
 _PACKAGES = ("lm_eval", "torch", "transformers")
 
 
 def scorer_fingerprint(
-    tasks: LoadedTasks, *, batch_size: int | str, dtype: str, device: str, threads: int
+    tasks: LoadedTasks,
+    *,
+    batch_size: int | str,
+    dtype: str,
+    device: str,
+    threads: int,
+    share_context: bool | str = "auto",
 ) -> dict[str, Any]:
     """JSON data: library versions, tasks, seeds, batch size, dtype, device type and threads.
+
+    Sharing contexts is in it too: log-likelihoods, and so perplexities, follow its rounding.
 
     Needs no model, so that it is known before one is loaded; which attention a model takes follows
     from its config, the versions and the device.
@@ -34,6 +42,7 @@ def scorer_fingerprint(
         "tasks": {task.name: _task(task) for task in tasks.tasks},
         "seeds": [RANDOM_SEED, OTHER_SEED],
         "batch_size": batch_size,
+        "share_context": share_context,
         "dtype": dtype,
         "device": device.partition(":")[0],
         "threads": threads,

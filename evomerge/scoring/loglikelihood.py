@@ -8,7 +8,7 @@ a continuation needs are computed, and equal windows are computed once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evomerge.errors import NonFiniteModel
+
+Answer = tuple[float, bool]  # log-likelihood, and whether greedy search would say the same
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,19 @@ class LoglikelihoodPlan:
             for start in range(0, len(rows), batch_size)
         ]
 
-    def run(self, model: Any) -> list[tuple[float, bool]]:
-        """One (log-likelihood, is greedy) for each window. Raises NonFiniteModel."""
-        answers: list[tuple[float, bool]] = [(0.0, False)] * self._count
+    def run(self, model: Any) -> list[Answer]:
+        """One answer for each window. Raises NonFiniteModel."""
+        answers = self.run_some(model, range(self._count))
+        return [answers[window] for window in range(self._count)]
+
+    def run_some(self, model: Any, wanted: Collection[int]) -> dict[int, Answer]:
+        """Answers for the wanted windows and all that share a batch with one of them."""
+        answers: dict[int, Answer] = {}
         slices_logits = accepts_logits_to_keep(model)
         for batch in self._batches:
-            for windows, sums, greedy in _run(batch, model, slices_logits):
-                for window, value, match in zip(windows, sums, greedy, strict=True):
-                    answers[window] = (value, match)
+            if any(w in wanted for segments in batch.segments for w in segments.windows):
+                for windows, sums, greedy in _run(batch, model, slices_logits):
+                    answers.update(zip(windows, zip(sums, greedy, strict=True), strict=True))
         return answers
 
 
@@ -96,7 +103,8 @@ def accepts_logits_to_keep(model: Any) -> bool:
 
 def check_finite(logits: Tensor) -> None:
     """Raise NonFiniteModel where logits hold NaN or infinity."""
-    if not bool(torch.isfinite(logits).all()):
+    # a sum is one pass; it may overflow without any of them being infinite
+    if not (logits.sum(dtype=torch.float32).isfinite() or logits.isfinite().all()):
         raise NonFiniteModel(
             "the merged model computes NaN or infinity on the task's items; "
             "its coefficients are probably far outside those of the sources"

@@ -39,7 +39,9 @@ class ResidentScorer:
         tasks: LoadedTasks | None = None,
     ) -> None:
         self._tasks = tasks or load_tasks(objective)
-        self._engine = Engine(model, tokenizer, batch_size=1)
+        self._engine = Engine(
+            model, tokenizer, batch_size=1, share_context=evaluation.share_context
+        )
         self._engine.set_batch_size(
             auto_batch_size(self._engine.longest(self._instances()))
             if evaluation.batch_size == "auto"

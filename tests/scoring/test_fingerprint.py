@@ -32,6 +32,7 @@ def test_what_may_change_scores_changes_the_digest(exam: Exam) -> None:
         digest(tasks, dtype="bfloat16"),
         digest(tasks, device="cuda:1"),
         digest(tasks, threads=2),
+        digest(tasks, share_context=False),
         digest(load(exam, "choice")),
         digest(load(exam, {"task": "choice", "metric": "acc_norm"})),
         digest(load(exam, "choice_shots", num_fewshot=1)),
