@@ -17,6 +17,7 @@ from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import CheckpointError
 from evomerge.merging.binding import Target, bind
 from evomerge.merging.compute import BLOCK_SIZE
+from evomerge.merging.kernels.facts import Memory, Store
 from evomerge.merging.merge import DTYPES, Merge
 from evomerge.merging.recipe import Recipe
 
@@ -63,7 +64,8 @@ class Materialiser:
     """Writes one recipe after another into `model`.
 
     `checkpoints` holds every model that the recipes may name, by path. Nothing else may write to
-    the model's weights meanwhile.
+    the model's weights meanwhile. `store` keeps what does not depend on coefficients (thresholds,
+    inner products) from one write to the next; without, this Materialiser's own memory does.
     """
 
     def __init__(
@@ -72,10 +74,12 @@ class Materialiser:
         checkpoints: Mapping[str, Model],
         *,
         block_size: int = BLOCK_SIZE,
+        store: Store | None = None,
     ) -> None:
         self._model = model
         self._checkpoints = dict(checkpoints)
         self._block_size = block_size
+        self._store = store or Memory()
         self._targets: dict[str, dict[str, Target]] = {}
         self._written: dict[str, Hashable] = {}
 
@@ -90,7 +94,7 @@ class Materialiser:
         Raises NonFiniteModel, naming the tensor; SpecError, MergeError or CheckpointError for
         a recipe that does not fit the model or its checkpoints.
         """
-        merge = Merge(recipe, self._checkpoints, block_size=self._block_size)
+        merge = Merge(recipe, self._checkpoints, block_size=self._block_size, store=self._store)
         for name, target in self._bound(merge.anchor).items():
             fingerprint = merge.fingerprint(name)
             if fingerprint is not None and self._written.get(name) == fingerprint:

@@ -5,6 +5,7 @@ Writes no file and knows no live model; the numbers are computed in `compute`.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Hashable, Iterator, Mapping
@@ -19,6 +20,7 @@ from evomerge.checkpoints.vocabulary import Vocabulary, plan_vocabulary
 from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError, ShapeMismatch, SpecError
 from evomerge.merging.compute import BLOCK_SIZE, Operands, merge_tensor
+from evomerge.merging.kernels.facts import Store
 from evomerge.merging.layout import layout
 from evomerge.merging.methods import registry
 from evomerge.merging.methods.base import Blocks, Coefficients, MergeMethod
@@ -45,6 +47,9 @@ class Merge:
     tensors are merged in float32 and rounded once, to nearest even, to the recipe's dtype (the
     anchor's own where the recipe names none); all others are the anchor's.
 
+    What is found out about tensors whatever the coefficients is kept in `store`, if there is one,
+    by the digests of the models (by their paths where the recipe has none).
+
     Raises SpecError for a recipe that its method refuses, MergeError for a model of the recipe
     that is not among `checkpoints` (by path).
     """
@@ -55,6 +60,7 @@ class Merge:
         checkpoints: Mapping[str, Model],
         *,
         block_size: int = BLOCK_SIZE,
+        store: Store | None = None,
     ) -> None:
         if problems := _problems(recipe):
             raise SpecError("recipe", problems)
@@ -73,6 +79,8 @@ class Merge:
         self._parts = parts(recipe)
         self._surveys: dict[PartKey, Any] = {}
         self._block_size = block_size
+        self._store = store
+        self._references = {source.name: source.model for source in recipe.sources}
         self._places = layout(self.names)
 
     def is_merged(self, name: str) -> bool:
@@ -208,7 +216,21 @@ class Merge:
         method = self.method(name)
         wanted = self.base is not None and (method.needs_base or method.takes_base)
         base = self.base.tensor(name).reshape(-1) if self.base and wanted else None
-        return Operands(base, tuple(model.tensor(name).reshape(-1) for model in chosen.values()))
+        return Operands(
+            base,
+            tuple(model.tensor(name).reshape(-1) for model in chosen.values()),
+            self._store,
+            self._key(self.recipe.base, self.base, name) if base is not None else "",
+            tuple(self._key(self._references[s], model, name) for s, model in chosen.items()),
+        )
+
+    def _key(self, model: ModelRef | None, view: Weights | None, name: str) -> str:
+        """What a tensor of a model is, whatever the recipe does with it."""
+        assert model is not None
+        assert view is not None
+        _, own = _origin(view, name)
+        seen = self.recipe.tokenizer.to_json() if self.recipe.tokenizer else None
+        return json.dumps([model.identity, own, seen])
 
 
 def _problems(recipe: Recipe) -> list[str]:

@@ -81,6 +81,7 @@ class Worker:
     def _load(self) -> tuple[Materialiser, ResidentScorer]:
         from evomerge.checkpoints.adapted import open_models
         from evomerge.merging.materialise import Materialiser, load_model
+        from evomerge.merging.prepared import Prepared, cache_folder
         from evomerge.scoring.resident import ResidentScorer
 
         if self._spec is None:
@@ -90,7 +91,7 @@ class Worker:
         models = open_models((spec.base, *spec.sources.values()))
         model, tokenizer = load_model(models[spec.base], self._dtype, device)
         scorer = ResidentScorer(model, tokenizer, spec.objective, spec.evaluation)
-        return Materialiser(model, models), scorer
+        return Materialiser(model, models, store=Prepared(cache_folder())), scorer
 
 
 def device_of(wanted: str) -> str:
