@@ -16,6 +16,7 @@
     │       ├── StudyChanged      a study of that name exists, with another spec
     │       ├── StudyBusy         another controller is running this study
     │       ├── StoreLocked
+    │       ├── StoreUnreachable  no connection to the database, or it broke
     │       └── SchemaTooNew      written by a newer evomerge
     ├── CandidateError            the recipe makes no usable model; its trial fails, not the search
     │   └── NonFiniteModel
@@ -114,6 +115,10 @@ class StudyBusy(StoreError):
 
 class StoreLocked(StoreError):
     """The database stayed locked for longer than we wait."""
+
+
+class StoreUnreachable(StoreError):
+    """There is no connection to the database; nothing of the transaction is in it."""
 
 
 class SchemaTooNew(StoreError):

@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from postgres_server import (  # noqa: F401
+    empty_postgres_url,
+    migrated,
+    own_postgres,
+    postgres,
+    postgres_url,
+)
 
 
 @pytest.fixture(scope="session")

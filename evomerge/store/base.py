@@ -8,12 +8,16 @@ Only the controller writes. Knows nothing of samplers, executors or models. The 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
+
+Refusal = Literal["late", "repeated", "stray"]
+"""Why a result is refused: its attempt was given up before it came, it has one already, or there
+never was such an attempt."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,15 @@ class StudyStore(Protocol):
     lease that lapsed unnoticed still holds until another controller takes over.
 
     Every float comes back bit for bit, in genomes, values and outcomes, -0.0 and subnormals too.
+    A text comes back with what no database keeps (NUL, half a surrogate pair) replaced by U+FFFD.
     NaN is kept among outcomes; a NaN stderr comes back as None; NaN among `values` or as a task's
     value raises ValueError, since that candidate failed. What is returned is not to be changed.
     """
 
     def create_study(self, record: StudyRecord) -> None:
-        """Record a new study. Raises StudyChanged if the name is taken."""
+        """Record a new study; the very same record again changes nothing. Raises StudyChanged if
+        the name is taken.
+        """
 
     def study(self, name: str) -> StudyRecord:
         """The study of that name."""
@@ -133,6 +140,11 @@ class StudyStore(Protocol):
         before, or, for the search part, if the trial is not WAITING.
         """
 
+    def renew_attempts(
+        self, study: str, tokens: Collection[str], *, lease_until: datetime, controller: str
+    ) -> None:
+        """Extend the leases of the open attempts among `tokens`; the others are left alone."""
+
     def finish(
         self,
         study: str,
@@ -170,6 +182,12 @@ class StudyStore(Protocol):
         `worker` of None leaves the one named at the start. Raises StaleAttempt if it is not open.
         """
 
+    def refuse(self, study: str, token: str, *, controller: str) -> Refusal | None:
+        """Count a result that came for an attempt which is not open; why, or None if it is open."""
+
+    def refusals(self, study: str) -> Mapping[Refusal, int]:
+        """How many results were refused, by reason; a reason that never was is left out."""
+
     def reuse(
         self,
         study: str,
@@ -192,8 +210,8 @@ class StudyStore(Protocol):
     def mark_told(self, study: str, orders: Mapping[int, int], *, controller: str) -> None:
         """Record each trial number's place in the order of tells, all or none.
 
-        Told once, never again: ValueError if a trial already has another place, or another trial
-        that place. The same place again changes nothing.
+        Places need not follow on one another. Told once, never again: ValueError if a trial already
+        has another place, or another trial that place. The same place again changes nothing.
         """
 
     def close(self) -> None:

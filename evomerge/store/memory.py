@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from evomerge.store import rules
-from evomerge.store.base import Controller, StudyRecord
+from evomerge.store.base import Controller, Refusal, StudyRecord
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
 
 
@@ -25,7 +26,8 @@ class _Study:
     controller: Controller | None = None
     trials: dict[int, Trial] = field(default_factory=dict)
     open: dict[str, Attempt] = field(default_factory=dict)  # running attempts by token
-    tokens: set[str] = field(default_factory=set)  # of every attempt, open or closed
+    tokens: dict[str, int] = field(default_factory=dict)  # of every attempt, and its trial
+    refusals: Counter[Refusal] = field(default_factory=Counter)
 
 
 class MemoryStore:
@@ -40,10 +42,10 @@ class MemoryStore:
 
     def create_study(self, record: StudyRecord) -> None:
         with self._lock:
-            if record.name in self._studies:
-                raise rules.study_changed(record.name)
             plain = replace(record, spec=_plain(record.spec), inspection=_plain(record.inspection))
-            self._studies[record.name] = _Study(plain)
+            kept = self._studies.setdefault(record.name, _Study(plain))
+            if kept.record != plain:
+                raise rules.study_changed(record.name)
 
     def study(self, name: str) -> StudyRecord:
         with self._reading(name) as study:
@@ -125,7 +127,7 @@ class MemoryStore:
             _check_startable(kept, number, part)
             if token in kept.tokens:
                 raise rules.token_used(study, token)
-            kept.tokens.add(token)
+            kept.tokens[token] = number
             trial = kept.trials[number]
             earlier = sum(attempt.part == part for attempt in trial.attempts)
             attempt = Attempt(
@@ -136,6 +138,15 @@ class MemoryStore:
             if part == "search":
                 _change(kept, number, state=State.RUNNING)
             return attempt
+
+    def renew_attempts(
+        self, study: str, tokens: Collection[str], *, lease_until: datetime, controller: str
+    ) -> None:
+        with self._writing(study, controller) as kept:
+            for token in kept.open.keys() & set(tokens):
+                attempt = kept.open[token]
+                kept.open[token] = replace(attempt, lease_until=lease_until)
+                _swap(kept, attempt, kept.open[token])
 
     def finish(
         self,
@@ -169,6 +180,7 @@ class MemoryStore:
         controller: str,
     ) -> None:
         rules.check_trial_state(trial_state)
+        failure = rules.plain(failure)
         done = {"seconds": dict(seconds), "finished_at": now, "failure": failure}
         if worker is not None:
             done["worker"] = worker
@@ -178,6 +190,18 @@ class MemoryStore:
             if attempt.part == "search":
                 why = failure if trial_state is State.FAIL else None
                 _change(kept, attempt.trial, state=trial_state, failure=why)
+
+    def refuse(self, study: str, token: str, *, controller: str) -> Refusal | None:
+        with self._writing(study, controller) as kept:
+            tries = kept.trials[kept.tokens[token]].attempts if token in kept.tokens else ()
+            why = rules.refusal(next((a.state for a in tries if a.token == token), None))
+            if why is not None:
+                kept.refusals[why] += 1
+            return why
+
+    def refusals(self, study: str) -> Mapping[Refusal, int]:
+        with self._reading(study) as kept:
+            return dict(kept.refusals)
 
     def reuse(
         self,
@@ -266,9 +290,12 @@ def _change(kept: _Study, number: int, **changes: Any) -> None:
 
 def _close(kept: _Study, attempt: Attempt, **changes: Any) -> None:
     del kept.open[attempt.token]
-    closed = replace(attempt, **changes)
-    tries = kept.trials[attempt.trial].attempts
-    _change(kept, attempt.trial, attempts=tuple(closed if a is attempt else a for a in tries))
+    _swap(kept, attempt, replace(attempt, **changes))
+
+
+def _swap(kept: _Study, old: Attempt, new: Attempt) -> None:
+    tries = kept.trials[old.trial].attempts
+    _change(kept, old.trial, attempts=tuple(new if a is old else a for a in tries))
 
 
 def _check_startable(kept: _Study, number: int, part: Part) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from evomerge.errors import StaleAttempt, StudyBusy, StudyChanged, StudyNotFound
-from evomerge.store.base import Controller
+from evomerge.store.base import Controller, Refusal
 from evomerge.trial import Failure, Part, Score, State, TaskScore
 
 CONTROLLER_ENDED = Failure("WorkerLost", "its controller ended before a result came")
@@ -62,6 +62,20 @@ def stale(study: str, token: str) -> StaleAttempt:
     return StaleAttempt(f"study {study!r}: attempt {token} is not open; its result is refused")
 
 
+def refusal(state: State | None) -> Refusal | None:
+    """Why a result is refused whose attempt is in that state; None stands for no such attempt."""
+    if state is None:
+        return "stray"
+    if state is State.RUNNING:
+        return None
+    return "repeated" if state is State.COMPLETE else "late"
+
+
+def plain(failure: Failure) -> Failure:
+    """The failure in characters that every database keeps: a library's message may hold any."""
+    return Failure(_plain(failure.error), _plain(failure.message))
+
+
 def token_used(study: str, token: str) -> ValueError:
     """An attempt is started under a token that another attempt has or had."""
     return ValueError(f"study {study!r}: attempt token {token} was used before")
@@ -109,6 +123,11 @@ def without_outcomes(scores: Mapping[Part, Score]) -> dict[Part, Score]:
         part: Score({name: replace(task, outcomes=()) for name, task in score.tasks.items()})
         for part, score in scores.items()
     }
+
+
+def _plain(text: str) -> str:
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _checked(name: str, task: TaskScore) -> TaskScore:

@@ -1,13 +1,16 @@
 """The study store in an SQL database: SQLite on one machine, PostgreSQL for several.
 
 Each write opens one transaction and first locks and reads the study's row: there the controller's
-token is compared, and there all writes to one study queue up. Knows nothing of connections'
+token is compared, and there all writes to one study queue up. Where the database is a server, each
+write also leaves a mark of its own, so that after a broken connection it is known whether its
+commit came through; every method rides out a server that restarts. Knows nothing of connections'
 settings (`engine`), of the schema's history (`migrations`) or of Optuna (`mirror`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -15,40 +18,54 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from evomerge.errors import StoreUnreachable
 from evomerge.store import rules
-from evomerge.store.base import Controller, StudyRecord
-from evomerge.store.engine import LOCK_WAIT_S, make_engine, transaction
+from evomerge.store.base import Controller, Refusal, StudyRecord
+from evomerge.store.engine import LOCK_WAIT_S, CommitUnknown, make_engine, transaction
 from evomerge.store.migrations import prepare
+from evomerge.store.queries import (
+    MARK_TOLD,
+    check_startable,
+    close_attempt,
+    close_open_attempts,
+    count_refusal,
+    holder,
+    leave_mark,
+    read_trials,
+    record_score,
+    set_study,
+    set_trial,
+    tell_orders,
+)
+from evomerge.store.reconnecting import RECONNECT_S, reconnecting
 from evomerge.store.rows import (
-    ATTEMPT,
     CONTROLLER,
     OUTCOMES,
     SCORE,
     STUDY,
-    TRIAL,
     controller_columns,
-    controller_from,
-    score_columns,
     score_from,
     study_from,
     trial_columns,
-    trials_from,
 )
-from evomerge.store.tables import attempts, scores, studies, trials
+from evomerge.store.tables import attempts, marks, refusals, scores, studies, trials
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
 
-RUNNING, WAITING = State.RUNNING.value, State.WAITING.value
-COMPLETE, FAIL = State.COMPLETE.value, State.FAIL.value
+RUNNING, COMPLETE, FAIL = State.RUNNING.value, State.COMPLETE.value, State.FAIL.value
 
 
 class SqlStore:
     """A StudyStore in the database at `url`; an empty database gets its tables on the way.
 
     Safe to share between threads; each process opens its own. Raises StoreError, StoreLocked or
-    SchemaTooNew if the database cannot be used.
+    SchemaTooNew if the database cannot be used. A connection that breaks later is sought again for
+    `reconnect_s` seconds before StoreUnreachable is raised.
     """
 
-    def __init__(self, url: str, *, lock_wait_s: float = LOCK_WAIT_S) -> None:
+    def __init__(
+        self, url: str, *, lock_wait_s: float = LOCK_WAIT_S, reconnect_s: float = RECONNECT_S
+    ) -> None:
+        self.reconnect_s = reconnect_s
         self.engine = make_engine(url, lock_wait_s=lock_wait_s)
         prepare(self.engine)
 
@@ -56,6 +73,7 @@ class SqlStore:
         """Close every connection."""
         self.engine.dispose()
 
+    @reconnecting
     def create_study(self, record: StudyRecord) -> None:
         row = {
             "name": record.name,
@@ -68,8 +86,12 @@ class SqlStore:
             with transaction(self.engine, write=True) as connection:
                 connection.execute(studies.insert(), row)
         except IntegrityError:
-            raise rules.study_changed(record.name) from None
+            if self.study(record.name) != record:
+                raise rules.study_changed(record.name) from None
+        except CommitUnknown as error:
+            raise StoreUnreachable(str(error)) from error
 
+    @reconnecting
     def study(self, name: str) -> StudyRecord:
         with transaction(self.engine, write=False) as connection:
             row = connection.execute(sa.select(*STUDY).where(studies.c.name == name)).first()
@@ -77,11 +99,13 @@ class SqlStore:
             raise rules.study_not_found(name)
         return study_from(row)
 
+    @reconnecting
     def studies(self) -> Sequence[StudyRecord]:
         query = sa.select(*STUDY).order_by(studies.c.created_at, studies.c.id)
         with transaction(self.engine, write=False) as connection:
             return [study_from(row) for row in connection.execute(query)]
 
+    @reconnecting
     def update_study(
         self,
         study: str,
@@ -91,33 +115,34 @@ class SqlStore:
         controller: str,
     ) -> None:
         with self._writing(study, controller) as (connection, study_id):
-            _update_study(connection, study_id, {"spec": spec, "inspection": inspection})
+            set_study(connection, study_id, {"spec": spec, "inspection": inspection})
 
+    @reconnecting
     def acquire(
         self, study: str, controller: Controller, *, now: datetime, force: bool = False
     ) -> None:
-        with transaction(self.engine, write=True) as connection:
-            query = sa.select(studies.c.id).where(studies.c.name == study).with_for_update()
-            study_id = connection.execute(query).scalar()
-            if study_id is None:
-                raise rules.study_not_found(study)
+        with self._locking(study) as (connection, study_id, _):
             if not force:
-                rules.check_free(study, _holder(connection, study_id), controller.token, now)
-            _update_study(connection, study_id, controller_columns(controller))
-            _close_open_attempts(connection, study_id, now)
+                rules.check_free(study, holder(connection, study_id), controller.token, now)
+            set_study(connection, study_id, controller_columns(controller))
+            close_open_attempts(connection, study_id, now)
 
+    @reconnecting
     def renew(self, study: str, controller: str, *, lease_until: datetime) -> None:
         with self._writing(study, controller) as (connection, study_id):
-            _update_study(connection, study_id, {"controller_lease_until": lease_until})
+            set_study(connection, study_id, {"controller_lease_until": lease_until})
 
+    @reconnecting
     def release(self, study: str, controller: str) -> None:
         with self._writing(study, controller) as (connection, study_id):
-            _update_study(connection, study_id, {column.name: None for column in CONTROLLER})
+            set_study(connection, study_id, {column.name: None for column in CONTROLLER})
 
+    @reconnecting
     def controller(self, study: str) -> Controller | None:
         with self._reading(study) as (connection, study_id):
-            return _holder(connection, study_id)
+            return holder(connection, study_id)
 
+    @reconnecting
     def create_trials(self, study: str, trials: Sequence[NewTrial], *, controller: str) -> None:
         try:
             with self._writing(study, controller) as (connection, study_id):
@@ -127,17 +152,20 @@ class SqlStore:
         except IntegrityError:
             raise rules.trial_exists(study) from None
 
+    @reconnecting
     def trials(self, study: str, *, outcomes: bool = True) -> Sequence[Trial]:
         with self._reading(study) as (connection, study_id):
-            return _read_trials(connection, study_id, outcomes=outcomes)
+            return read_trials(connection, study_id, outcomes=outcomes)
 
+    @reconnecting
     def trial(self, study: str, number: int) -> Trial:
         with self._reading(study) as (connection, study_id):
-            found = _read_trials(connection, study_id, number, outcomes=True)
+            found = read_trials(connection, study_id, number, outcomes=True)
         if not found:
             raise rules.no_trial(study, number)
         return found[0]
 
+    @reconnecting
     def start_attempt(
         self,
         study: str,
@@ -152,7 +180,7 @@ class SqlStore:
     ) -> Attempt:
         try:
             with self._writing(study, controller) as (connection, study_id):
-                earlier = _check_startable(connection, study, study_id, number, part)
+                earlier = check_startable(connection, study, study_id, number, part)
                 row: dict[str, Any] = {
                     "trial": number,
                     "part": part,
@@ -166,11 +194,24 @@ class SqlStore:
                 }
                 connection.execute(attempts.insert(), {"study_id": study_id, **row})
                 if part == "search":
-                    _update_trial(connection, study_id, number, {"state": RUNNING})
+                    set_trial(connection, study_id, number, {"state": RUNNING})
         except IntegrityError:
             raise rules.token_used(study, token) from None
         return Attempt(**{**row, "state": State.RUNNING})
 
+    @reconnecting
+    def renew_attempts(
+        self, study: str, tokens: Collection[str], *, lease_until: datetime, controller: str
+    ) -> None:
+        with self._writing(study, controller) as (connection, study_id):
+            connection.execute(
+                attempts.update()
+                .where(attempts.c.study_id == study_id, attempts.c.state == RUNNING)
+                .where(attempts.c.token.in_(list(tokens)))
+                .values(lease_until=lease_until)
+            )
+
+    @reconnecting
     def finish(
         self,
         study: str,
@@ -191,9 +232,10 @@ class SqlStore:
             "finished_at": now,
         }
         with self._writing(study, controller) as (connection, study_id):
-            number, part = _close_attempt(connection, study, study_id, token, closed)
-            _record_score(connection, study_id, number, part, score, values)
+            number, part = close_attempt(connection, study, study_id, token, closed)
+            record_score(connection, study_id, number, part, score, values)
 
+    @reconnecting
     def fail_attempt(
         self,
         study: str,
@@ -207,16 +249,38 @@ class SqlStore:
         controller: str,
     ) -> None:
         rules.check_trial_state(trial_state)
+        failure = rules.plain(failure)
         why = {"error": failure.error, "message": failure.message}
         closed = {"state": FAIL, "seconds": dict(seconds), "finished_at": now, **why}
         if worker is not None:
             closed["worker"] = worker
         with self._writing(study, controller) as (connection, study_id):
-            number, part = _close_attempt(connection, study, study_id, token, closed)
+            number, part = close_attempt(connection, study, study_id, token, closed)
             if part == "search":
                 kept = why if trial_state is State.FAIL else {}
-                _update_trial(connection, study_id, number, {"state": trial_state.value, **kept})
+                set_trial(connection, study_id, number, {"state": trial_state.value, **kept})
 
+    @reconnecting
+    def refuse(self, study: str, token: str, *, controller: str) -> Refusal | None:
+        with self._writing(study, controller) as (connection, study_id):
+            state = connection.execute(
+                sa.select(attempts.c.state).where(
+                    attempts.c.study_id == study_id, attempts.c.token == token
+                )
+            ).scalar()
+            why = rules.refusal(None if state is None else State(state))
+            if why is not None:
+                count_refusal(connection, study_id, why)
+            return why
+
+    @reconnecting
+    def refusals(self, study: str) -> Mapping[Refusal, int]:
+        with self._reading(study) as (connection, study_id):
+            query = sa.select(refusals.c.kind, refusals.c.count)
+            rows = connection.execute(query.where(refusals.c.study_id == study_id))
+            return {kind: count for kind, count in rows}
+
+    @reconnecting
     def reuse(
         self,
         study: str,
@@ -229,9 +293,10 @@ class SqlStore:
     ) -> None:
         score = rules.checked(score, values)
         with self._writing(study, controller) as (connection, study_id):
-            _check_startable(connection, study, study_id, number, part)
-            _record_score(connection, study_id, number, part, score, values)
+            check_startable(connection, study, study_id, number, part)
+            record_score(connection, study_id, number, part, score, values)
 
+    @reconnecting
     def known_score(self, scorer_digest: str, recipe_digest: str, part: Part) -> Score | None:
         with transaction(self.engine, write=False) as connection:
             first = connection.execute(
@@ -249,17 +314,18 @@ class SqlStore:
             query = sa.select(*SCORE, OUTCOMES).where(*one, scores.c.part == part)
             return score_from(connection.execute(query.order_by(scores.c.task)).all())
 
+    @reconnecting
     def mark_told(self, study: str, orders: Mapping[int, int], *, controller: str) -> None:
         try:
             with self._writing(study, controller) as (connection, study_id):
-                recorded = _tell_orders(connection, study_id, orders)
+                recorded = tell_orders(connection, study_id, orders)
                 for number, order in orders.items():
                     if number not in recorded:
                         raise rules.no_trial(study, number)
                     rules.check_order(number, recorded[number], order)
                 if orders:
                     rows = [{"this": number, "place": place} for number, place in orders.items()]
-                    connection.execute(_MARK_TOLD, [{"of": study_id, **row} for row in rows])
+                    connection.execute(MARK_TOLD, [{"of": study_id, **row} for row in rows])
         except IntegrityError:
             raise rules.order_taken(study) from None
 
@@ -275,146 +341,43 @@ class SqlStore:
     @contextmanager
     def _writing(self, study: str, controller: str) -> Iterator[tuple[sa.Connection, int]]:
         """A transaction that holds the study's row and has checked who writes."""
-        with transaction(self.engine, write=True) as connection:
-            row = connection.execute(
-                sa.select(studies.c.id, studies.c.controller_token)
-                .where(studies.c.name == study)
-                .with_for_update()
-            ).first()
-            if row is None:
-                raise rules.study_not_found(study)
-            rules.check_fence(study, row[1], controller)
-            yield connection, row[0]
+        with self._locking(study) as (connection, study_id, recorded):
+            rules.check_fence(study, recorded, controller)
+            yield connection, study_id
+
+    @contextmanager
+    def _locking(self, study: str) -> Iterator[tuple[sa.Connection, int, str | None]]:
+        """A transaction that holds the study's row: its id and its controller's token.
+
+        Where the connection breaks in the commit, whether that came through decides between a
+        quiet end and StoreUnreachable.
+        """
+        mark = uuid.uuid4().hex
+        query = sa.select(studies.c.id, studies.c.controller_token).where(studies.c.name == study)
+        try:
+            with transaction(self.engine, write=True) as connection:
+                row = connection.execute(query.with_for_update()).first()
+                if row is None:
+                    raise rules.study_not_found(study)
+                yield connection, row[0], row[1]
+                if self.engine.dialect.name != "sqlite":
+                    leave_mark(connection, row[0], mark)
+        except CommitUnknown as error:
+            if not self._has_mark(study, mark):
+                raise StoreUnreachable(str(error)) from error
+
+    @reconnecting
+    def _has_mark(self, study: str, mark: str) -> bool:
+        # waits for the row: a commit whose client is gone may still be under way
+        query = sa.select(studies.c.id).where(studies.c.name == study).with_for_update()
+        try:
+            with transaction(self.engine, write=True) as connection:
+                study_id = connection.execute(query).scalar()
+                last = sa.select(marks.c.mark).where(marks.c.study_id == study_id)
+                return connection.execute(last).scalar() == mark
+        except CommitUnknown as error:  # of a transaction that wrote nothing
+            raise StoreUnreachable(str(error)) from error
 
 
 _TRIALS = trials  # a method's parameter has the table's name
 _SCORE_OF_TRIAL = sa.and_(scores.c.study_id == trials.c.study_id, scores.c.trial == trials.c.number)
-_MARK_TOLD = (
-    trials.update()
-    .where(trials.c.study_id == sa.bindparam("of"), trials.c.number == sa.bindparam("this"))
-    .values(tell_order=sa.bindparam("place"))
-)
-
-
-def _holder(connection: sa.Connection, study_id: int) -> Controller | None:
-    row = connection.execute(sa.select(*CONTROLLER).where(studies.c.id == study_id)).one()
-    return controller_from(row)
-
-
-def _update_study(connection: sa.Connection, study_id: int, values: Mapping[str, Any]) -> None:
-    connection.execute(studies.update().where(studies.c.id == study_id).values(**values))
-
-
-def _update_trial(
-    connection: sa.Connection, study_id: int, number: int, values: Mapping[str, Any]
-) -> None:
-    one = (trials.c.study_id == study_id, trials.c.number == number)
-    connection.execute(trials.update().where(*one).values(**values))
-
-
-def _close_open_attempts(connection: sa.Connection, study_id: int, now: datetime) -> None:
-    why = rules.CONTROLLER_ENDED
-    connection.execute(
-        attempts.update()
-        .where(attempts.c.study_id == study_id, attempts.c.state == RUNNING)
-        .values(state=FAIL, finished_at=now, error=why.error, message=why.message)
-    )
-    connection.execute(
-        trials.update()
-        .where(trials.c.study_id == study_id, trials.c.state == RUNNING)
-        .values(state=WAITING)
-    )
-
-
-def _check_startable(
-    connection: sa.Connection, study: str, study_id: int, number: int, part: Part
-) -> int:
-    """Check that a part of a trial may be started or answered; returns how many attempts it had."""
-    state = connection.execute(
-        sa.select(trials.c.state).where(trials.c.study_id == study_id, trials.c.number == number)
-    ).scalar()
-    if state is None:
-        raise rules.no_trial(study, number)
-    earlier = connection.execute(
-        sa.select(attempts.c.state).where(
-            attempts.c.study_id == study_id,
-            attempts.c.trial == number,
-            attempts.c.part == part,
-        )
-    ).scalars()
-    states = list(earlier)
-    scored = connection.execute(
-        sa.select(scores.c.task)
-        .where(scores.c.study_id == study_id, scores.c.trial == number, scores.c.part == part)
-        .limit(1)
-    ).first()
-    rules.check_startable(
-        number,
-        part,
-        state=State(state),
-        open_attempt=RUNNING in states,
-        scored=scored is not None,
-    )
-    return len(states)
-
-
-def _close_attempt(
-    connection: sa.Connection, study: str, study_id: int, token: str, values: Mapping[str, Any]
-) -> tuple[int, Part]:
-    """Compare and set: close the open attempt with that token; returns its trial and part."""
-    row = connection.execute(
-        attempts.update()
-        .where(
-            attempts.c.study_id == study_id,
-            attempts.c.token == token,
-            attempts.c.state == RUNNING,
-        )
-        .values(**values)
-        .returning(attempts.c.trial, attempts.c.part)
-    ).first()
-    if row is None:
-        raise rules.stale(study, token)
-    return row[0], row[1]
-
-
-def _record_score(
-    connection: sa.Connection,
-    study_id: int,
-    number: int,
-    part: Part,
-    score: Score,
-    values: tuple[float, ...],
-) -> None:
-    rows = score_columns(study_id, number, part, score)
-    if rows:
-        connection.execute(scores.insert(), rows)
-    if part == "search":
-        done = {"state": COMPLETE, "objectives": tuple(values)}
-        _update_trial(connection, study_id, number, done)
-
-
-def _tell_orders(
-    connection: sa.Connection, study_id: int, orders: Mapping[int, int]
-) -> dict[int, int | None]:
-    query = sa.select(trials.c.number, trials.c.tell_order).where(
-        trials.c.study_id == study_id, trials.c.number.in_(list(orders))
-    )
-    return {row[0]: row[1] for row in connection.execute(query)}
-
-
-def _read_trials(
-    connection: sa.Connection, study_id: int, number: int | None = None, *, outcomes: bool
-) -> list[Trial]:
-    columns = (*SCORE, OUTCOMES) if outcomes else SCORE
-    trial_query = sa.select(*TRIAL).where(trials.c.study_id == study_id)
-    attempt_query = sa.select(*ATTEMPT).where(attempts.c.study_id == study_id)
-    score_query = sa.select(*columns).where(scores.c.study_id == study_id)
-    if number is not None:
-        trial_query = trial_query.where(trials.c.number == number)
-        attempt_query = attempt_query.where(attempts.c.trial == number)
-        score_query = score_query.where(scores.c.trial == number)
-    return trials_from(
-        connection.execute(trial_query.order_by(trials.c.number)),
-        connection.execute(attempt_query.order_by(attempts.c.id)),
-        connection.execute(score_query.order_by(scores.c.trial, scores.c.task)),
-    )

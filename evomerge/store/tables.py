@@ -146,3 +146,20 @@ scores = sa.Table(
         ["study_id", "trial"], ["evomerge_trials.study_id", "evomerge_trials.number"]
     ),
 )
+
+# results that came for an attempt that was not open
+refusals = sa.Table(
+    "evomerge_refusals",
+    metadata,
+    sa.Column("study_id", sa.Integer, sa.ForeignKey("evomerge_studies.id"), primary_key=True),
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("count", sa.Integer, nullable=False),
+)
+
+# the last write to a study: where a connection is lost in a commit, whether that came through
+marks = sa.Table(
+    "evomerge_marks",
+    metadata,
+    sa.Column("study_id", sa.Integer, sa.ForeignKey("evomerge_studies.id"), primary_key=True),
+    sa.Column("mark", sa.String(32), nullable=False),
+)

@@ -20,8 +20,10 @@ WRITES = frozenset(
         "release",
         "create_trials",
         "start_attempt",
+        "renew_attempts",
         "finish",
         "fail_attempt",
+        "refuse",
         "reuse",
         "mark_told",
     }

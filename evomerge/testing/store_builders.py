@@ -86,7 +86,9 @@ class StudyUnderTest:
         values = arguments.pop("values")
         self.store.finish(self.name, token, result or score(), values, **arguments)
 
-    def fail(self, token: str = "t1", state: State = State.FAIL, **changes: Any) -> None:
+    def fail(
+        self, token: str = "t1", state: State = State.FAIL, why: Failure = BAD, **changes: Any
+    ) -> None:
         arguments: dict[str, Any] = {
             "worker": "w1",
             "seconds": {"score": 0.5},
@@ -94,7 +96,7 @@ class StudyUnderTest:
             "controller": "c1",
         }
         arguments |= changes
-        self.store.fail_attempt(self.name, token, BAD, trial_state=state, **arguments)
+        self.store.fail_attempt(self.name, token, why, trial_state=state, **arguments)
 
     def reuse(self, number: int = 0, part: Part = "search", controller: str = "c1") -> None:
         self.store.reuse(self.name, number, part, score(), (0.5,), controller=controller)
@@ -105,4 +107,9 @@ class StudyUnderTest:
     def everything(self) -> Any:
         """All that the store says of the study, for `nothing changed`."""
         store = self.store
-        return store.study(self.name), store.controller(self.name), list(store.trials(self.name))
+        return (
+            store.study(self.name),
+            store.controller(self.name),
+            list(store.trials(self.name)),
+            store.refusals(self.name),
+        )

@@ -33,7 +33,8 @@ from evomerge.testing.store_builders import (
     score,
 )
 from evomerge.testing.store_fencing import TestsOfFencing
-from evomerge.trial import Attempt, Score, State, TaskScore, Trial
+from evomerge.testing.store_leases import TestsOfAttemptLeases, TestsOfRefusals
+from evomerge.trial import Attempt, Failure, Score, State, TaskScore, Trial
 
 
 class TestsOfStudies:
@@ -49,6 +50,11 @@ class TestsOfStudies:
         with pytest.raises(StudyChanged, match="'s'"):
             store.create_study(record(scorer="other"))
         assert store.study("s") == record()
+
+    def test_the_same_record_again_changes_nothing(self, store: StudyStore) -> None:
+        for _ in range(2):
+            store.create_study(record())
+        assert list(store.studies()) == [record()]
 
     def test_studies_are_listed_oldest_first(self, store: StudyStore) -> None:
         for name, minutes in (("b", 2), ("c", 1), ("a", 3)):
@@ -334,6 +340,17 @@ class TestsOfAttempts:
         study.finish("t2")
         assert set(study.trial().scores) == {"report"}
 
+    def test_a_text_that_no_database_keeps_is_kept_as_far_as_it_can_be(
+        self, study: StudyUnderTest
+    ) -> None:
+        study.start()
+        study.fail(why=Failure("Odd", "a\0b \ud800 c \U0001f600"))
+        failure = study.trial().failure
+        assert failure is not None
+        assert (
+            failure.message == "a\N{REPLACEMENT CHARACTER}b \N{REPLACEMENT CHARACTER} c \U0001f600"
+        )
+
 
 class TestsOfReuse:
     """reuse, known_score."""
@@ -411,13 +428,26 @@ class TestsOfTells:
             study.store.mark_told("s", orders, controller="c1")
         assert self.orders(study) == [0, None]
 
+    def test_places_may_have_gaps_and_come_in_any_order(self, study: StudyUnderTest) -> None:
+        study.store.create_trials("s", [new_trial(2)], controller="c1")
+        study.store.mark_told("s", {2: 7, 0: 12}, controller="c1")
+        study.store.mark_told("s", {1: 9}, controller="c1")
+        assert self.orders(study) == [12, 9, 7]
+
     def test_marking_nothing_is_nothing(self, study: StudyUnderTest) -> None:
         study.store.mark_told("s", {}, controller="c1")
         assert self.orders(study) == [None, None]
 
 
 class StoreContract(
-    TestsOfStudies, TestsOfFencing, TestsOfTrials, TestsOfAttempts, TestsOfReuse, TestsOfTells
+    TestsOfStudies,
+    TestsOfFencing,
+    TestsOfTrials,
+    TestsOfAttempts,
+    TestsOfAttemptLeases,
+    TestsOfRefusals,
+    TestsOfReuse,
+    TestsOfTells,
 ):
     """Every test of the contract. Subclass it with a fixture `store` that yields an empty store."""
 

@@ -20,8 +20,12 @@ WRITES: dict[str, Callable[[StudyUnderTest, str], object]] = {
     "release": lambda s, c: s.store.release(s.name, c),
     "create_trials": lambda s, c: s.store.create_trials(s.name, [new_trial(7)], controller=c),
     "start_attempt": lambda s, c: s.start(1, token="t9", controller=c),
+    "renew_attempts": lambda s, c: s.store.renew_attempts(
+        s.name, ["t1"], lease_until=NOW, controller=c
+    ),
     "finish": lambda s, c: s.finish(controller=c),
     "fail_attempt": lambda s, c: s.fail(controller=c),
+    "refuse": lambda s, c: s.store.refuse(s.name, "stray", controller=c),
     "reuse": lambda s, c: s.reuse(1, controller=c),
     "mark_told": lambda s, c: s.store.mark_told(s.name, {0: 0}, controller=c),
 }
@@ -31,6 +35,7 @@ READS: dict[str, Callable[[StudyUnderTest], object]] = {
     "controller": lambda s: s.store.controller(s.name),
     "trials": lambda s: s.store.trials(s.name),
     "trial": lambda s: s.trial(),
+    "refusals": lambda s: s.store.refusals(s.name),
 }
 
 

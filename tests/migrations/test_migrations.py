@@ -21,13 +21,19 @@ from evomerge.store.tables import metadata
 from evomerge.testing.store_builders import StudyUnderTest, record
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgresql":
+        found: str = request.getfixturevalue("empty_postgres_url")
+        return found
     return f"sqlite:///{tmp_path}/store.db"
 
 
 def tables(url: str) -> set[str]:
-    return set(sa.inspect(sa.create_engine(url)).get_table_names())
+    engine = sa.create_engine(url)
+    found = set(sa.inspect(engine).get_table_names())
+    engine.dispose()
+    return found
 
 
 def run(url: str, monkeypatch: pytest.MonkeyPatch, action: str, revision: str) -> None:
@@ -61,6 +67,20 @@ def test_down_and_up_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_store(url).create_study(record())
 
 
+def test_an_upgrade_keeps_what_the_first_schema_held(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = StudyUnderTest(open_store(url))
+    study.start()
+    before = study.everything()
+    study.store.close()
+    run(url, monkeypatch, "downgrade", "0001")
+    assert upgrade(url) == REVISIONS[-1]
+    study.store = open_store(url)
+    assert study.everything() == before
+    study.finish()
+
+
 def test_upgrading_what_is_new_already_keeps_it(url: str) -> None:
     study = StudyUnderTest(open_store(url))
     before = study.everything()
@@ -79,7 +99,7 @@ def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
 
 def test_an_older_schema_names_the_command(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_store(url)
-    monkeypatch.setattr(migrations, "REVISIONS", (*REVISIONS, "0002"))
+    monkeypatch.setattr(migrations, "REVISIONS", (*REVISIONS, "9998"))
     with pytest.raises(StoreError, match="evomerge db upgrade"):
         open_store(url)
 

@@ -1,4 +1,4 @@
-"""The store contract, on both stores."""
+"""The store contract, on every store."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,5 +20,13 @@ class TestSqliteStore(StoreContract):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Iterator[StudyStore]:
         store = open_store(f"sqlite:///{tmp_path}/store.db")
+        yield store
+        store.close()
+
+
+class TestPostgresqlStore(StoreContract):
+    @pytest.fixture
+    def store(self, postgres_url: str) -> Iterator[StudyStore]:
+        store = open_store(postgres_url)
         yield store
         store.close()

@@ -1,0 +1,182 @@
+"""What the SQL store's transactions are made of: each function is a statement or two.
+
+Every one runs on a connection whose transaction is `sql`'s, and commits nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from evomerge.store import rules
+from evomerge.store.base import Controller, Refusal
+from evomerge.store.rows import (
+    ATTEMPT,
+    CONTROLLER,
+    OUTCOMES,
+    SCORE,
+    TRIAL,
+    controller_from,
+    score_columns,
+    trials_from,
+)
+from evomerge.store.tables import attempts, marks, refusals, scores, studies, trials
+from evomerge.trial import Part, Score, State, Trial
+
+RUNNING, WAITING = State.RUNNING.value, State.WAITING.value
+COMPLETE, FAIL = State.COMPLETE.value, State.FAIL.value
+
+MARK_TOLD = (
+    trials.update()
+    .where(trials.c.study_id == sa.bindparam("of"), trials.c.number == sa.bindparam("this"))
+    .values(tell_order=sa.bindparam("place"))
+)
+
+
+def holder(connection: sa.Connection, study_id: int) -> Controller | None:
+    """Who runs the study, as recorded."""
+    row = connection.execute(sa.select(*CONTROLLER).where(studies.c.id == study_id)).one()
+    return controller_from(row)
+
+
+def set_study(connection: sa.Connection, study_id: int, values: Mapping[str, Any]) -> None:
+    """Change columns of the study's row."""
+    connection.execute(studies.update().where(studies.c.id == study_id).values(**values))
+
+
+def set_trial(
+    connection: sa.Connection, study_id: int, number: int, values: Mapping[str, Any]
+) -> None:
+    """Change columns of a trial's row."""
+    one = (trials.c.study_id == study_id, trials.c.number == number)
+    connection.execute(trials.update().where(*one).values(**values))
+
+
+def close_open_attempts(connection: sa.Connection, study_id: int, now: datetime) -> None:
+    """Fail every open attempt of the study; its running trials wait again."""
+    why = rules.CONTROLLER_ENDED
+    connection.execute(
+        attempts.update()
+        .where(attempts.c.study_id == study_id, attempts.c.state == RUNNING)
+        .values(state=FAIL, finished_at=now, error=why.error, message=why.message)
+    )
+    connection.execute(
+        trials.update()
+        .where(trials.c.study_id == study_id, trials.c.state == RUNNING)
+        .values(state=WAITING)
+    )
+
+
+def check_startable(
+    connection: sa.Connection, study: str, study_id: int, number: int, part: Part
+) -> int:
+    """Check that a part of a trial may be started or answered; returns how many attempts it had."""
+    state = connection.execute(
+        sa.select(trials.c.state).where(trials.c.study_id == study_id, trials.c.number == number)
+    ).scalar()
+    if state is None:
+        raise rules.no_trial(study, number)
+    earlier = connection.execute(
+        sa.select(attempts.c.state).where(
+            attempts.c.study_id == study_id,
+            attempts.c.trial == number,
+            attempts.c.part == part,
+        )
+    ).scalars()
+    states = list(earlier)
+    scored = connection.execute(
+        sa.select(scores.c.task)
+        .where(scores.c.study_id == study_id, scores.c.trial == number, scores.c.part == part)
+        .limit(1)
+    ).first()
+    rules.check_startable(
+        number,
+        part,
+        state=State(state),
+        open_attempt=RUNNING in states,
+        scored=scored is not None,
+    )
+    return len(states)
+
+
+def close_attempt(
+    connection: sa.Connection, study: str, study_id: int, token: str, values: Mapping[str, Any]
+) -> tuple[int, Part]:
+    """Compare and set: close the open attempt with that token; returns its trial and part."""
+    row = connection.execute(
+        attempts.update()
+        .where(
+            attempts.c.study_id == study_id,
+            attempts.c.token == token,
+            attempts.c.state == RUNNING,
+        )
+        .values(**values)
+        .returning(attempts.c.trial, attempts.c.part)
+    ).first()
+    if row is None:
+        raise rules.stale(study, token)
+    return row[0], row[1]
+
+
+def leave_mark(connection: sa.Connection, study_id: int, mark: str) -> None:
+    """Record which write to the study was the last."""
+    update = marks.update().where(marks.c.study_id == study_id).values(mark=mark)
+    if connection.execute(update).rowcount == 0:
+        connection.execute(marks.insert(), {"study_id": study_id, "mark": mark})
+
+
+def count_refusal(connection: sa.Connection, study_id: int, kind: Refusal) -> None:
+    """Count one refused result."""
+    row = (refusals.c.study_id == study_id, refusals.c.kind == kind)
+    update = refusals.update().where(*row).values(count=refusals.c.count + 1)
+    if connection.execute(update).rowcount == 0:
+        connection.execute(refusals.insert(), {"study_id": study_id, "kind": kind, "count": 1})
+
+
+def record_score(
+    connection: sa.Connection,
+    study_id: int,
+    number: int,
+    part: Part,
+    score: Score,
+    values: tuple[float, ...],
+) -> None:
+    """Record a score; for the search part the trial is COMPLETE with `values`."""
+    rows = score_columns(study_id, number, part, score)
+    if rows:
+        connection.execute(scores.insert(), rows)
+    if part == "search":
+        done = {"state": COMPLETE, "objectives": tuple(values)}
+        set_trial(connection, study_id, number, done)
+
+
+def tell_orders(
+    connection: sa.Connection, study_id: int, orders: Mapping[int, int]
+) -> dict[int, int | None]:
+    """The place in the order of tells of each of these trials that there is."""
+    query = sa.select(trials.c.number, trials.c.tell_order).where(
+        trials.c.study_id == study_id, trials.c.number.in_(list(orders))
+    )
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def read_trials(
+    connection: sa.Connection, study_id: int, number: int | None = None, *, outcomes: bool
+) -> list[Trial]:
+    """Trials of the study in the order of numbers, or the one of that number."""
+    columns = (*SCORE, OUTCOMES) if outcomes else SCORE
+    trial_query = sa.select(*TRIAL).where(trials.c.study_id == study_id)
+    attempt_query = sa.select(*ATTEMPT).where(attempts.c.study_id == study_id)
+    score_query = sa.select(*columns).where(scores.c.study_id == study_id)
+    if number is not None:
+        trial_query = trial_query.where(trials.c.number == number)
+        attempt_query = attempt_query.where(attempts.c.trial == number)
+        score_query = score_query.where(scores.c.trial == number)
+    return trials_from(
+        connection.execute(trial_query.order_by(trials.c.number)),
+        connection.execute(attempt_query.order_by(attempts.c.id)),
+        connection.execute(score_query.order_by(scores.c.trial, scores.c.task)),
+    )
