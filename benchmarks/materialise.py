@@ -75,7 +75,7 @@ class Models:
                 source[name] = (base + tau).bfloat16()
             self.out[name] = torch.zeros(len(base), dtype=torch.bfloat16)
         self.size = sum(len(out) for out in self.out.values())
-        self.store = Memory()
+        self.store: Memory | None = Memory()
 
     def write(self, method: str, chance: random.Random, names: list[str] | None = None) -> None:
         """One candidate, its coefficients new."""

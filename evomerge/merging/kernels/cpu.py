@@ -13,7 +13,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.merging.kernels.program import Election, Program, Row
@@ -58,14 +57,17 @@ def run(program: Program, base: Tensor | None, sources: Sequence[Tensor], out: T
     election = program.election
     if election is None or election.rule is None:
         return _pass(program, base, sources, out)[0]
-    probed = min(_PROBE, out.numel())
-    _, counts = _pass(program, base, sources, out, stop=probed, write=False)
-    guess = tie_sign(election.rule, int(counts[0]))
-    finite, counts = _pass(_settled(program, election, guess), base, sources, out)
-    balance, ties = (int(count) for count in counts)
-    if finite and ties and tie_sign(election.rule, balance) != guess:
-        right = tie_sign(election.rule, balance)
-        finite, _ = _pass(_settled(program, election, right), base, sources, out)
+    _, (leaning, tied) = _pass(program, base, sources, out, stop=_PROBE, write=False, counting=True)
+    guess = tie_sign(election.rule, leaning)
+    guessed = _settled(program, election, guess)
+    finite, (total, ties) = _pass(guessed, base, sources, out, counting=tied > 0)
+    if finite and ties:
+        if not tied:  # the probe met none, so the balance was not counted
+            assert base is not None
+            total = balance(program, base, sources)
+        right = tie_sign(election.rule, total)
+        if right != guess:
+            finite, _ = _pass(_settled(program, election, right), base, sources, out)
     return finite
 
 
@@ -73,8 +75,8 @@ def balance(program: Program, base: Tensor, sources: Sequence[Tensor]) -> int:
     """Σⱼ sign(Σᵢ vᵢⱼ) of an election's votes. Shapes as in `run`."""
     if not program.rows or not base.numel():
         return 0
-    _, counts = _pass(program, base, sources, base, write=False)
-    return int(counts[0])
+    _, (total, _) = _pass(program, base, sources, base, write=False, counting=True)
+    return total
 
 
 def _settled(program: Program, election: Election, tie: int) -> Program:
@@ -101,8 +103,10 @@ def _pass(
     *,
     stop: int | None = None,
     write: bool = True,
-) -> tuple[bool, NDArray[np.int64]]:
-    """One pass; whether all is finite, the balance of the votes and how many of them tied."""
+    counting: bool = False,
+) -> tuple[bool, tuple[int, int]]:
+    """One pass, up to `stop`: whether all is finite, the balance of the votes if `counting`, and
+    how many of them tied."""
     from evomerge.merging.kernels import loops
 
     read = [sources[row.source] for row in program.rows]
@@ -110,7 +114,7 @@ def _pass(
     aggregate = election.aggregate
     if aggregate == "mean" and not election.normalize:
         aggregate = "sum"
-    end = out.numel() if stop is None else stop
+    end = out.numel() if stop is None else min(stop, out.numel())
     counts = np.zeros(2, np.int64)
     with np.errstate(over="ignore"):
         reached = loops.fuse(
@@ -126,14 +130,14 @@ def _pass(
             _AGGREGATES[aggregate],
             np.float32(election.tie),
             np.float32(election.scale),
-            election.rule is not None or not write,
+            counting,
             out.data_ptr(),
             CODES[out.dtype] if write else _NO_WRITE,
             0,
             end,
             counts,
         )
-    return bool(reached == end), counts
+    return bool(reached == end), (int(counts[0]), int(counts[1]))
 
 
 def _numbers(row: Row) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ Every product and sum is an IEEE operation of its own, in the order of the metho
 Knows no program and no torch: addresses, codes of dtypes and numbers come in.
 """
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-call, misc"
+# mypy: disable-error-code="untyped-decorator, no-untyped-call, misc, assignment, import-untyped"
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ PLAIN, TAU = 0, 1
 
 CHUNK = 512
 """Elements per chunk: four rows, the base and the sums of one chunk lie in a core's first cache."""
+PIECE = 1024
+"""Elements per piece of what is merged in registers: four rows' draws lie in the first cache."""
 _STRIDE = CHUNK + 16  # rows whose addresses agree in their low bits would evict each other
 
 _SIGN = np.uint32(0x80000000)
@@ -54,31 +56,31 @@ def _kernel(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _words(context: Any, address: Any) -> Any:
     """An address as a pointer to uint16."""
     return types.CPointer(types.uint16)(types.int64), _to_pointer
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _floats(context: Any, address: Any) -> Any:
     """An address as a pointer to float32."""
     return types.CPointer(types.float32)(types.int64), _to_pointer
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _bits(context: Any, value: Any) -> Any:
     """The pattern of a float32."""
     return types.uint32(types.float32), _same_bits
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _real(context: Any, value: Any) -> Any:
     """The float32 of a pattern."""
     return types.float32(types.uint32), _same_bits
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _count(context: Any, total: Any, more: Any, fewer: Any) -> Any:
     """total + more − fewer of an int32 and two booleans, in 32 bits: numba's own would take 64."""
 
@@ -99,7 +101,7 @@ def _to_pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _wide(context: Any, value: Any) -> Any:
     """bfloat16 bits, or a float32 as it is, as float32."""
 
@@ -280,59 +282,6 @@ def _add_four(a, b, c, d, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _four_plain(a, b, c, d, factors, first, out):  # type: ignore[no-untyped-def]
-    """Four rows and their sum in one go; `first` starts the sum."""
-    fa, fb, fc, fd = factors[0], factors[1], factors[2], factors[3]
-    if first:
-        for i in range(out.size):
-            out[i] = _wide(a[i]) * fa + _wide(b[i]) * fb + _wide(c[i]) * fc + _wide(d[i]) * fd
-    else:
-        for i in range(out.size):
-            total = out[i] + _wide(a[i]) * fa + _wide(b[i]) * fb
-            out[i] = total + _wide(c[i]) * fc + _wide(d[i]) * fd
-
-
-@_compiled
-def _four_taus(a, b, c, d, base, factors, first, out):  # type: ignore[no-untyped-def]
-    """The same of task vectors."""
-    fa, fb, fc, fd = factors[0], factors[1], factors[2], factors[3]
-    if first:
-        for i in range(out.size):
-            zero = _wide(base[i])
-            total = (_wide(a[i]) - zero) * fa + (_wide(b[i]) - zero) * fb
-            out[i] = total + (_wide(c[i]) - zero) * fc + (_wide(d[i]) - zero) * fd
-    else:
-        for i in range(out.size):
-            zero = _wide(base[i])
-            total = out[i] + (_wide(a[i]) - zero) * fa + (_wide(b[i]) - zero) * fb
-            out[i] = total + (_wide(c[i]) - zero) * fc + (_wide(d[i]) - zero) * fd
-
-
-@_compiled
-def _two_plain(a, b, factors, first, out):  # type: ignore[no-untyped-def]
-    fa, fb = factors[0], factors[1]
-    if first:
-        for i in range(out.size):
-            out[i] = _wide(a[i]) * fa + _wide(b[i]) * fb
-    else:
-        for i in range(out.size):
-            out[i] = out[i] + _wide(a[i]) * fa + _wide(b[i]) * fb
-
-
-@_compiled
-def _two_taus(a, b, base, factors, first, out):  # type: ignore[no-untyped-def]
-    fa, fb = factors[0], factors[1]
-    if first:
-        for i in range(out.size):
-            zero = _wide(base[i])
-            out[i] = (_wide(a[i]) - zero) * fa + (_wide(b[i]) - zero) * fb
-    else:
-        for i in range(out.size):
-            zero = _wide(base[i])
-            out[i] = out[i] + (_wide(a[i]) - zero) * fa + (_wide(b[i]) - zero) * fb
-
-
-@_compiled
 def _add(a, out):  # type: ignore[no-untyped-def]
     for i in range(out.size):
         out[i] += a[i]
@@ -427,7 +376,9 @@ def _decided(sums, total, divisor, elected, mean, scale):  # type: ignore[no-unt
 
 
 @_compiled
-def _consensus(rows, weights, size, aggregate, tie, scale, work, counts, out):  # type: ignore[no-untyped-def]
+def _consensus(  # type: ignore[no-untyped-def]
+    rows, weights, size, aggregate, tie, scale, work, counts, out
+):
     sums, elected, divisor = work[0, :size], work[1, :size], work[2, :size]
     sums[:] = np.float32(-0.0)  # −0 + x is x, whatever the sign of a zero
     _sum(rows, 0, size, sums)
@@ -451,9 +402,10 @@ def _consensus(rows, weights, size, aggregate, tie, scale, work, counts, out):  
 
 @_compiled
 def _elected(x, y, z, u, weights, mean, tie, scale):  # type: ignore[no-untyped-def]
-    """`_consensus` of four votes; NaN where their sum is not finite.
+    """`_consensus` of four votes, a mean if `mean` is not None; NaN where their sum is not finite.
 
-    Zero votes of either sign are no votes, so their sign is free. Returns the sum too.
+    Zero votes of either sign are no votes, so their sign is free. Returns the sum too, and whether
+    votes cancelled out.
     """
     one = np.float32(1.0)
     total = x + y + z + u
@@ -469,19 +421,13 @@ def _elected(x, y, z, u, weights, mean, tie, scale):  # type: ignore[no-untyped-
     by = by + weights[2] if z > 0 else by
     agreed = agreed + u if u > 0 else agreed
     by = by + weights[3] if u > 0 else by
+    tied = (total == 0) & (agreed > 0)
     agreed = np.float32(0.0) if leaning == 0 else agreed
     agreed = _flipped(agreed, flip) + (total - total)
-    if mean:
+    if mean is not None:
         by = one if abs(by) < _NO_WEIGHT else by
         agreed = agreed / by
-    return agreed * scale, total
-
-
-@_compiled
-def _counted(x, y, z, u, total, balance, ties):  # type: ignore[no-untyped-def]
-    voted = np.uint32((_bits(x) | _bits(y) | _bits(z) | _bits(u)) & _MAGNITUDE)
-    ties = _count(ties, (total == 0) & (voted != 0), False)
-    return _count(balance, total > 0, total < 0), ties
+    return agreed * scale, total, tied
 
 
 @_compiled
@@ -493,74 +439,31 @@ def _cut(word, base, above, factor):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _drawn(word, base, draw, least, factor):  # type: ignore[no-untyped-def]
-    return (_wide(word) - base) * (factor if draw >= least else np.float32(0.0))
+    return (_wide(word) - base) * (factor if draw >= least else factor * np.float32(0.0))
 
 
 @_compiled
-def _four_cut(  # type: ignore[no-untyped-def]
-    a, b, c, d, base, above, factors, weights, mean, tie, scale, counting, counts, out
-):
-    """Four trimmed rows and their election, in registers; adds the base."""
-    fa, fb, fc, fd = factors
-    la, lb, lc, ld = above
-    if not counting:
-        for i in range(out.size):
-            zero = _wide(base[i])
-            x, y = _cut(a[i], zero, la, fa), _cut(b[i], zero, lb, fb)
-            z, u = _cut(c[i], zero, lc, fc), _cut(d[i], zero, ld, fd)
-            merged, total = _elected(x, y, z, u, weights, mean, tie, scale)
-            out[i] = zero + merged
-        return
-    balance, ties = np.int32(0), np.int32(0)
-    for i in range(out.size):
-        zero = _wide(base[i])
-        x, y = _cut(a[i], zero, la, fa), _cut(b[i], zero, lb, fb)
-        z, u = _cut(c[i], zero, lc, fc), _cut(d[i], zero, ld, fd)
-        merged, total = _elected(x, y, z, u, weights, mean, tie, scale)
-        balance, ties = _counted(x, y, z, u, total, balance, ties)
-        out[i] = zero + merged
-    counts[0] += balance
-    counts[1] += ties
+def _narrowed(x):  # type: ignore[no-untyped-def]
+    """bfloat16 bits of a finite float32, to nearest even."""
+    bits = _bits(x)
+    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
+    return np.uint16(rounded >> np.uint32(16))
 
 
 @_compiled
-def _four_drawn(  # type: ignore[no-untyped-def]
-    a, b, c, d, base, draws, least, factors, weights, mean, tie, scale, counting, counts, out
-):
-    """Four randomly thinned rows and their election, in registers; adds the base."""
-    fa, fb, fc, fd = factors
-    la, lb, lc, ld = least
-    da, db, dc, dd = draws
-    if not counting:
-        for i in range(out.size):
-            zero = _wide(base[i])
-            x, y = _drawn(a[i], zero, da[i], la, fa), _drawn(b[i], zero, db[i], lb, fb)
-            z, u = _drawn(c[i], zero, dc[i], lc, fc), _drawn(d[i], zero, dd[i], ld, fd)
-            merged, total = _elected(x, y, z, u, weights, mean, tie, scale)
-            out[i] = zero + merged
-        return
-    balance, ties = np.int32(0), np.int32(0)
-    for i in range(out.size):
-        zero = _wide(base[i])
-        x, y = _drawn(a[i], zero, da[i], la, fa), _drawn(b[i], zero, db[i], lb, fb)
-        z, u = _drawn(c[i], zero, dc[i], lc, fc), _drawn(d[i], zero, dd[i], ld, fd)
-        merged, total = _elected(x, y, z, u, weights, mean, tie, scale)
-        balance, ties = _counted(x, y, z, u, total, balance, ties)
-        out[i] = zero + merged
-    counts[0] += balance
-    counts[1] += ties
+def _larger(largest, x):  # type: ignore[no-untyped-def]
+    """The larger of two magnitudes' patterns."""
+    return max(largest, np.uint32(_bits(x) & _MAGNITUDE))
 
 
 @_compiled
 def _round_bfloat(x, out):  # type: ignore[no-untyped-def]
-    """To nearest even, of finite values; returns the largest magnitude's pattern."""
+    """Returns the largest magnitude's pattern."""
     largest = np.uint32(0)
     for i in range(out.size):
-        bits = _bits(x[i])
-        largest = max(largest, np.uint32(bits & _MAGNITUDE))
-        odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
-        out[i] = np.uint16(rounded >> np.uint32(16))
+        largest = _larger(largest, x[i])
+        out[i] = _narrowed(x[i])
     return largest
 
 
@@ -619,78 +522,118 @@ def _loaded(address, code, place, buffer):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _raw_sums(origin, codes, numbers, base_code):  # type: ignore[no-untyped-def]
-    """How many rows can be summed as they are: bfloat16 and whole, from the first on, an even
-    number."""
-    count = 0
-    for r in range(codes.size):
-        if codes[r] != BF16 or not _whole(numbers, r) or (origin == TAU and base_code != BF16):
-            break
-        count += 1
-    return count // 2 * 2
-
-
-@_compiled
-def _raw_votes(codes, numbers, base_code, aggregate):  # type: ignore[no-untyped-def]
-    """Which election can run in registers: 1 of trimmed rows, 2 of drawn ones, 0 neither."""
-    if codes.size > 4 or base_code != BF16 or aggregate == LARGEST or numbers.shape[0] == 0:
-        return 0
-    cut, drawn = True, True
-    for r in range(codes.size):
-        if codes[r] != BF16 or numbers[r, 2] != _NO_TOP:
-            return 0
-        cut = cut and numbers[r, 5] == 0
-        drawn = drawn and numbers[r, 0] < 0 and numbers[r, 5] <= 0xFFFFFFFF
-    return 1 if cut else (2 if drawn else 0)
-
-
-@_compiled
 def _view(address, place, size):  # type: ignore[no-untyped-def]
     return numba.carray(_words(address + 2 * place), size)
 
 
+# Up to four rows of bfloat16, merged in registers from what is stored into what is stored. Rows
+# that are missing are the first one again: `third` and `fourth` say whether there are so many, and
+# in an election rows that keep nothing do not vote. Flags that are None or not choose what is
+# compiled: a branch in a loop would keep its division from being vectorised. All return the largest
+# magnitude's pattern.
+
+
 @_compiled
-def _vote_on_cuts(  # type: ignore[no-untyped-def]
-    addresses, base, place, numbers, factors, weights, mean, tie, scale, counting, counts, out
+def _sum_plain(rows, third, fourth, factors, out):  # type: ignore[no-untyped-def]
+    a, b, c, d = rows
+    fa, fb, fc, fd = factors
+    nothing, largest = np.float32(-0.0), np.uint32(0)  # −0 + x is x, whatever the sign of a zero
+    for i in range(out.size):
+        total = _wide(a[i]) * fa + _wide(b[i]) * fb
+        total += _wide(c[i]) * fc if third else nothing
+        total += _wide(d[i]) * fd if fourth else nothing
+        largest = _larger(largest, total)
+        out[i] = _narrowed(total)
+    return largest
+
+
+@_compiled
+def _sum_taus(rows, base, third, fourth, factors, out):  # type: ignore[no-untyped-def]
+    a, b, c, d = rows
+    fa, fb, fc, fd = factors
+    nothing, largest = np.float32(-0.0), np.uint32(0)
+    for i in range(out.size):
+        zero = _wide(base[i])
+        total = (_wide(a[i]) - zero) * fa + (_wide(b[i]) - zero) * fb
+        total += (_wide(c[i]) - zero) * fc if third else nothing
+        total += (_wide(d[i]) - zero) * fd if fourth else nothing
+        merged = zero + total
+        largest = _larger(largest, merged)
+        out[i] = _narrowed(merged)
+    return largest
+
+
+@_compiled
+def _sum_drawn(rows, base, draws, least, third, fourth, factors, out):  # type: ignore[no-untyped-def]
+    a, b, c, d = rows
+    fa, fb, fc, fd = factors
+    la, lb, lc, ld = least
+    da, db, dc, dd = draws
+    nothing, largest = np.float32(-0.0), np.uint32(0)
+    for i in range(out.size):
+        zero = _wide(base[i])
+        total = _drawn(a[i], zero, da[i], la, fa) + _drawn(b[i], zero, db[i], lb, fb)
+        total += _drawn(c[i], zero, dc[i], lc, fc) if third else nothing
+        total += _drawn(d[i], zero, dd[i], ld, fd) if fourth else nothing
+        merged = zero + total
+        largest = _larger(largest, merged)
+        out[i] = _narrowed(merged)
+    return largest
+
+
+@_compiled
+def _vote_cut(  # type: ignore[no-untyped-def]
+    rows, base, above, factors, weights, mean, tie, scale, counting, counts, out
 ):
-    """One chunk of up to four trimmed rows, cut where a row's equal entries stop being kept."""
-    size, count = out.size, numbers.shape[0]
-    a, b = _view(addresses[0], place, size), _view(addresses[1], place, size)
-    c, d = _view(addresses[2], place, size), _view(addresses[3], place, size)
-    la = _last(a, base, 0, numbers, place)
-    lb = _last(b, base, 1, numbers, place) if count > 1 else -1
-    lc = _last(c, base, 2, numbers, place) if count > 2 else -1
-    ld = _last(d, base, 3, numbers, place) if count > 3 else -1
-    lasts = (la, lb, lc, ld)
-    first = 0
-    while first < size:
-        stop = size
-        for last in lasts:
-            if last >= place + first:
-                stop = min(stop, last + 1 - place)
-        above = (
-            _above(numbers, 0, la, place + first),
-            _above(numbers, 1, lb, place + first),
-            _above(numbers, 2, lc, place + first),
-            _above(numbers, 3, ld, place + first),
-        )
-        _four_cut(
-            a[first:stop],
-            b[first:stop],
-            c[first:stop],
-            d[first:stop],
-            base[first:stop],
-            above,
-            factors,
-            weights,
-            mean,
-            tie,
-            scale,
-            counting,
-            counts,
-            out[first:stop],
-        )
-        first = stop
+    a, b, c, d = rows
+    fa, fb, fc, fd = factors
+    la, lb, lc, ld = above
+    largest, balance, ties = np.uint32(0), np.int32(0), np.int32(0)
+    for i in range(out.size):
+        zero = _wide(base[i])
+        x, y = _cut(a[i], zero, la, fa), _cut(b[i], zero, lb, fb)
+        z, u = _cut(c[i], zero, lc, fc), _cut(d[i], zero, ld, fd)
+        tau, total, tied = _elected(x, y, z, u, weights, mean, tie, scale)
+        ties = _count(ties, tied, False)
+        if counting is not None:
+            balance = _count(balance, total > 0, total < 0)
+        merged = zero + tau
+        largest = _larger(largest, merged)
+        out[i] = _narrowed(merged)
+    counts[0] += balance
+    counts[1] += ties
+    return largest
+
+
+@_compiled
+def _vote_drawn(  # type: ignore[no-untyped-def]
+    rows, base, draws, least, factors, weights, mean, tie, scale, counting, counts, out
+):
+    a, b, c, d = rows
+    fa, fb, fc, fd = factors
+    la, lb, lc, ld = least
+    da, db, dc, dd = draws
+    largest, balance, ties = np.uint32(0), np.int32(0), np.int32(0)
+    for i in range(out.size):
+        zero = _wide(base[i])
+        x, y = _drawn(a[i], zero, da[i], la, fa), _drawn(b[i], zero, db[i], lb, fb)
+        z, u = _drawn(c[i], zero, dc[i], lc, fc), _drawn(d[i], zero, dd[i], ld, fd)
+        tau, total, tied = _elected(x, y, z, u, weights, mean, tie, scale)
+        ties = _count(ties, tied, False)
+        if counting is not None:
+            balance = _count(balance, total > 0, total < 0)
+        merged = zero + tau
+        largest = _larger(largest, merged)
+        out[i] = _narrowed(merged)
+    counts[0] += balance
+    counts[1] += ties
+    return largest
+
+
+@_compiled
+def _parts(rows, first, stop):  # type: ignore[no-untyped-def]
+    a, b, c, d = rows
+    return a[first:stop], b[first:stop], c[first:stop], d[first:stop]
 
 
 @_compiled
@@ -702,54 +645,85 @@ def _above(numbers, row, last, place):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _vote_on_draws(  # type: ignore[no-untyped-def]
-    addresses,
-    base,
-    place,
-    numbers,
-    factors,
-    weights,
-    words,
-    mean,
-    tie,
-    scale,
-    counting,
-    counts,
-    out,
+def _vote_on_cuts(  # type: ignore[no-untyped-def]
+    rows, base, place, numbers, factors, weights, mean, tie, scale, counting, counts, out
 ):
-    """One chunk of up to four randomly thinned rows."""
-    size, odd = out.size, place & 1
+    """A piece of trimmed rows, cut where a row's equal entries stop being kept."""
+    size, count = out.size, numbers.shape[0]
+    a, b, c, d = rows
+    la = _last(a, base, 0, numbers, place)
+    lb = _last(b, base, 1, numbers, place) if count > 1 else -1
+    lc = _last(c, base, 2, numbers, place) if count > 2 else -1
+    ld = _last(d, base, 3, numbers, place) if count > 3 else -1
+    first, largest = 0, np.uint32(0)
+    while first < size:
+        stop, here = size, place + first
+        for last in (la, lb, lc, ld):
+            if last >= here:
+                stop = min(stop, last + 1 - place)
+        above = (
+            _above(numbers, 0, la, here),
+            _above(numbers, 1, lb, here),
+            _above(numbers, 2, lc, here),
+            _above(numbers, 3, ld, here),
+        )
+        part, target = _parts(rows, first, stop), out[first:stop]
+        zero = base[first:stop]
+        if mean and counting:
+            found = _vote_cut(
+                part, zero, above, factors, weights, True, tie, scale, True, counts, target
+            )
+        elif mean:
+            found = _vote_cut(
+                part, zero, above, factors, weights, True, tie, scale, None, counts, target
+            )
+        elif counting:
+            found = _vote_cut(
+                part, zero, above, factors, weights, None, tie, scale, True, counts, target
+            )
+        else:
+            found = _vote_cut(
+                part, zero, above, factors, weights, None, tie, scale, None, counts, target
+            )
+        largest, first = max(largest, found), stop
+    return largest
+
+
+@_compiled
+def _vote_on_draws(  # type: ignore[no-untyped-def]
+    rows, base, draws, least, factors, weights, mean, tie, scale, counting, counts, out
+):
+    """A piece of randomly thinned rows."""
+    if mean and counting:
+        return _vote_drawn(
+            rows, base, draws, least, factors, weights, True, tie, scale, True, counts, out
+        )
+    if mean:
+        return _vote_drawn(
+            rows, base, draws, least, factors, weights, True, tie, scale, None, counts, out
+        )
+    if counting:
+        return _vote_drawn(
+            rows, base, draws, least, factors, weights, None, tie, scale, True, counts, out
+        )
+    return _vote_drawn(
+        rows, base, draws, least, factors, weights, None, tie, scale, None, counts, out
+    )
+
+
+@_compiled
+def _drawn_words(numbers, place, size, words):  # type: ignore[no-untyped-def]
+    """Every row's draws for a piece. Shapes: words [4, n/2] uint64; returns 4 times [n] uint32."""
+    odd = place & 1
     for r in range(numbers.shape[0]):
         if numbers[r, 5] > 0:
             _draw(numbers[r, 6], place >> 1, words[r, : (size + odd + 1) >> 1])
     draws = words.view(np.uint32)
-    least = (
-        _least(numbers, 0),
-        _least(numbers, 1),
-        _least(numbers, 2),
-        _least(numbers, 3),
-    )
-    _four_drawn(
-        _view(addresses[0], place, size),
-        _view(addresses[1], place, size),
-        _view(addresses[2], place, size),
-        _view(addresses[3], place, size),
-        base,
-        (
-            draws[0, odd : odd + size],
-            draws[1, odd : odd + size],
-            draws[2, odd : odd + size],
-            draws[3, odd : odd + size],
-        ),
-        least,
-        factors,
-        weights,
-        mean,
-        tie,
-        scale,
-        counting,
-        counts,
-        out,
+    return (
+        draws[0, odd : odd + size],
+        draws[1, odd : odd + size],
+        draws[2, odd : odd + size],
+        draws[3, odd : odd + size],
     )
 
 
@@ -768,6 +742,88 @@ def _four(values, count):  # type: ignore[no-untyped-def]
         values[2] if count > 2 else nothing,
         values[3] if count > 3 else nothing,
     )
+
+
+@_compiled
+def _is_raw(kind, codes, numbers, origin, base_code, aggregate, out_code):  # type: ignore[no-untyped-def]
+    """Whether the loops above can do it: 1 rows are whole or trimmed, 2 drawn, 0 neither."""
+    count, cuts, draws = codes.size, 0, 0
+    if count > 4 or out_code != BF16 or (origin == TAU and base_code != BF16):
+        return 0
+    if kind == SUM and count < 2:
+        return 0
+    if kind == CONSENSUS and (aggregate == LARGEST or origin != TAU):
+        return 0
+    for r in range(count):
+        if codes[r] != BF16 or numbers[r, 2] != _NO_TOP or numbers[r, 5] > 0xFFFFFFFF:
+            return 0
+        cuts += np.int64(numbers[r, 0] >= 0)
+        draws += np.int64(numbers[r, 5] > 0)
+    if draws > 0:
+        return 2 if cuts == 0 and origin == TAU else 0
+    return 0 if kind == SUM and cuts > 0 else 1
+
+
+@_compiled
+def _raw(  # type: ignore[no-untyped-def]
+    variety,
+    kind,
+    addresses,
+    factors,
+    weights,
+    numbers,
+    origin,
+    base_address,
+    mean,
+    tie,
+    scale,
+    counting,
+    out_address,
+    place,
+    size,
+    words,
+    counts,
+):
+    """One piece by the loops above; whether all of it is finite."""
+    count = numbers.shape[0]
+    third, fourth = count > 2, count > 3
+    rows = (
+        _view(addresses[0], place, size),
+        _view(addresses[1], place, size),
+        _view(addresses[2 if third else 0], place, size),
+        _view(addresses[3 if fourth else 0], place, size),
+    )
+    out = _view(out_address, place, size)
+    base = _view(base_address if origin == TAU else addresses[0], place, size)
+    least = _least(numbers, 0), _least(numbers, 1), _least(numbers, 2), _least(numbers, 3)
+    if variety == 2:
+        draws = _drawn_words(numbers, place, size, words)
+        if kind == SUM:
+            largest = _sum_drawn(rows, base, draws, least, third, fourth, factors, out)
+        else:
+            largest = _vote_on_draws(
+                rows,
+                base,
+                draws,
+                least,
+                factors,
+                weights,
+                mean,
+                tie,
+                scale,
+                counting,
+                counts,
+                out,
+            )
+    elif kind == CONSENSUS:
+        largest = _vote_on_cuts(
+            rows, base, place, numbers, factors, weights, mean, tie, scale, counting, counts, out
+        )
+    elif origin == TAU:
+        largest = _sum_taus(rows, base, third, fourth, factors, out)
+    else:
+        largest = _sum_plain(rows, third, fourth, factors, out)
+    return largest < np.uint32(0x7F7F8000)
 
 
 @_kernel
@@ -795,59 +851,42 @@ def fuse(  # type: ignore[no-untyped-def]
 
     Per row: address, code of the dtype, factor, weight, and numbers (cut's pattern and last, top's
     pattern and last, how many equal to the cut are still to be kept, draw's threshold, its key).
-    Rows are at least one. `counting` adds Σ sign of the votes and the number of tied votes to
+    Rows are at least one. Adds Σ sign of the votes, if `counting`, and the number of tied votes to
     `counts`. A negative code of `out` writes nothing.
     """
     count = addresses.size
     rows = np.empty((count, _STRIDE), np.float32)
-    work = np.empty((6, _STRIDE), np.float32)
-    words = np.empty((max(count, 4), _STRIDE // 2), np.uint64)
-    raw_sums = _raw_sums(origin, codes, numbers, base_code) if kind == SUM else 0
-    raw_votes = 0
-    if kind == CONSENSUS and origin == TAU:
-        raw_votes = _raw_votes(codes, numbers, base_code, aggregate)
-    work[3, :] = np.float32(0.0)  # θ − 0 is θ, where the origin is 0
-    voters = np.full(4, addresses[0])
-    voters[: min(count, 4)] = addresses[:4]
+    work = np.zeros((6, _STRIDE), np.float32)  # θ − 0 is θ, where the origin is 0
+    words = np.empty((4, PIECE // 2 + 8), np.uint64)
+    variety = _is_raw(kind, codes, numbers, origin, base_code, aggregate, out_code)
+    several = np.full(4, addresses[0])
+    several[: min(count, 4)] = addresses[:4]
     four_factors, four_weights = _four(factors, count), _four(weights, count)
-    mean = aggregate == MEAN
-    for place in range(start, stop, CHUNK):
-        size = min(CHUNK, stop - place)
-        out = work[4, :size]
-        if raw_votes > 0:
-            base = _view(base_address, place, size)
-            if raw_votes == 1:
-                _vote_on_cuts(
-                    voters,
-                    base,
-                    place,
-                    numbers,
-                    four_factors,
-                    four_weights,
-                    mean,
-                    tie,
-                    scale,
-                    counting,
-                    counts,
-                    out,
-                )
-            else:
-                _vote_on_draws(
-                    voters,
-                    base,
-                    place,
-                    numbers,
-                    four_factors,
-                    four_weights,
-                    words,
-                    mean,
-                    tie,
-                    scale,
-                    counting,
-                    counts,
-                    out,
-                )
+    step = PIECE if variety > 0 else CHUNK
+    for place in range(start, stop, step):
+        size = min(step, stop - place)
+        if variety > 0:
+            finite = _raw(
+                variety,
+                kind,
+                several,
+                four_factors,
+                four_weights,
+                numbers,
+                origin,
+                base_address,
+                aggregate == MEAN,
+                tie,
+                scale,
+                counting,
+                out_address,
+                place,
+                size,
+                words,
+                counts,
+            )
         else:
+            out = work[4, :size]
             _by_rows(
                 kind,
                 addresses,
@@ -862,14 +901,14 @@ def fuse(  # type: ignore[no-untyped-def]
                 tie,
                 scale,
                 place,
-                raw_sums,
                 rows,
                 work,
                 words,
                 counts,
                 out,
             )
-        if out_code >= 0 and not _store(out, out_address, out_code, place):
+            finite = out_code < 0 or _store(out, out_address, out_code, place)
+        if not finite:
             return place
     return stop
 
@@ -889,7 +928,6 @@ def _by_rows(  # type: ignore[no-untyped-def]
     tie,
     scale,
     place,
-    raw_sums,
     rows,
     work,
     words,
@@ -898,26 +936,10 @@ def _by_rows(  # type: ignore[no-untyped-def]
 ):
     """One chunk of any rows: each is thinned on its own, then all are merged."""
     size, count, odd = out.size, addresses.size, place & 1
-    if raw_sums > 0:
-        zero = _view(base_address, place, size)
-        for r in range(0, raw_sums // 4 * 4, 4):
-            a, b = _view(addresses[r], place, size), _view(addresses[r + 1], place, size)
-            c, d = _view(addresses[r + 2], place, size), _view(addresses[r + 3], place, size)
-            if origin == TAU:
-                _four_taus(a, b, c, d, zero, factors[r : r + 4], r == 0, out)
-            else:
-                _four_plain(a, b, c, d, factors[r : r + 4], r == 0, out)
-        if raw_sums & 2:
-            r = raw_sums - 2
-            a, b = _view(addresses[r], place, size), _view(addresses[r + 1], place, size)
-            if origin == TAU:
-                _two_taus(a, b, zero, factors[r : r + 2], r == 0, out)
-            else:
-                _two_plain(a, b, factors[r : r + 2], r == 0, out)
     base = work[3, :size]
     if origin == TAU:
         base = _loaded(base_address, base_code, place, base)
-    for r in range(raw_sums, count):
+    for r in range(count):
         if numbers[r, 5] > 0:
             _draw(numbers[r, 6], place >> 1, words[0, : (size + odd + 1) >> 1])
         drawn, row = words.view(np.uint32)[0, odd : odd + size], rows[r, :size]
@@ -928,9 +950,8 @@ def _by_rows(  # type: ignore[no-untyped-def]
             wide = _loaded(addresses[r], codes[r], place, work[5, :size])
             _row(wide, base, origin, r, numbers, factors[r], place, drawn, row)
     if kind == SUM:
-        if raw_sums == 0:
-            out[:] = np.float32(-0.0)  # −0 + x is x, whatever the sign of a zero
-        _sum(rows, raw_sums, size, out)
+        out[:] = np.float32(-0.0)  # −0 + x is x, whatever the sign of a zero
+        _sum(rows, 0, size, out)
     else:
         _consensus(rows, weights, size, aggregate, tie, scale, work, counts, out)
     if origin == TAU:

@@ -128,6 +128,12 @@ def facts_of(blocks: Blocks) -> TensorFacts | None:
     return blocks.facts if isinstance(blocks, Inputs) else None
 
 
+def streamed(blocks: Blocks) -> Blocks:
+    """The blocks without facts: what a merge that is no program is prepared from by the functions
+    of one that is, so that no cut and no tie is left open."""
+    return blocks.blocks if isinstance(blocks, Inputs) else blocks
+
+
 class MergeMethod(ABC):
     """One merge method. Instances hold no state: everything is in the arguments.
 

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
+from evomerge.merging.methods.base import (
+    Block,
+    Blocks,
+    Coefficients,
+    MergeMethod,
+    Parameter,
+    streamed,
+)
 from evomerge.merging.methods.combination import moved, sole, task_vectors
 from evomerge.merging.methods.consensus import CONSENSUS_PARAMETERS, needs
 from evomerge.merging.methods.election import SIGN_TIE, consensus
@@ -85,10 +92,11 @@ class ConsensusTies(MergeMethod):
         return Ties().survey(model)
 
     def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> Prepared:
-        return Ties().prepare(blocks, coefficients, survey)
+        return Ties().prepare(streamed(blocks), coefficients, survey)
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: Prepared) -> Tensor:
         assert block.base is not None
+        assert prepared.tie is not None
         return consensus_ties(
             block.base,
             block.sources,

@@ -98,8 +98,8 @@ class NuSlerp(MergeMethod):
         if coefficients.choice("vectors") != "tensor" and len(coefficients.shape) >= 2:
             return None
         near, far = (float(factor) for factor in prepared(0, 1))
-        origin = "base" if from_base(coefficients) else "zero"
-        return Program((Row(0, near), Row(1, far)), origin)
+        rows = (Row(0, near), Row(1, far))
+        return Program(rows, "base" if from_base(coefficients) else "zero")
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: Factors) -> Tensor:
         t = place(coefficients.floats("weight"))

@@ -1,0 +1,79 @@
+"""Where facts are kept: in memory, or in a folder that processes share."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge.merging.kernels.facts import Facts, Folder, Memory, Store
+from evomerge.merging.methods.selection import Quota
+
+
+@pytest.fixture(params=["memory", "folder"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Memory() if request.param == "memory" else Folder(tmp_path / "facts")
+
+
+def test_what_is_put_is_got(store: Store) -> None:
+    assert store.get("a") is None
+    store.put("a", np.arange(6).reshape(2, 3))
+    store.put("b", np.array([0.1]))
+    found = store.get("a")
+    assert found is not None
+    assert found.tolist() == [[0, 1, 2], [3, 4, 5]]
+    store.put("a", np.zeros((2, 0)))
+    assert np.shape(store.get("a")) == (2, 0)
+
+
+def test_a_second_process_finds_what_the_first_put(tmp_path: Path) -> None:
+    Folder(tmp_path).put("a", np.arange(4))
+    found = Folder(tmp_path).get("a")
+    assert found is not None
+    assert found.tolist() == [0, 1, 2, 3]
+    assert not found.flags.writeable
+
+
+def test_half_a_file_counts_as_none(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.put("a", np.arange(1000))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:500])
+    assert folder.get("a") is None
+    folder.put("a", np.arange(3))
+    assert np.asarray(folder.get("a")).tolist() == [0, 1, 2]
+
+
+def test_who_races_leaves_one_whole_file(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    threads = [
+        threading.Thread(target=folder.put, args=("a", np.full(10_000, i))) for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert len(set(np.asarray(folder.get("a")).tolist())) == 1
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pickle"):
+        Folder(tmp_path).put("a", np.array([object()]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fact_is_found_out_once(store: Store) -> None:
+    base = torch.zeros(50, dtype=torch.bfloat16)
+    source = torch.arange(50.0).bfloat16()
+    first = Facts(base, (source,), store, "base", ("source",))
+    cut, gram = first.cut(0, Quota(7)), first.gram(from_base=True)
+    # the same keys promise the same values, so what lies there now is not read
+    again = Facts(base, (torch.full_like(source, 3.0),), store, "base", ("source",))
+    assert again.cut(0, Quota(7)) == cut
+    assert again.gram(from_base=True) == gram
+    other = Facts(base, (source,), store, "base", ("other",))
+    assert other.gram(from_base=False) != []
