@@ -119,8 +119,9 @@ class Evaluation(_Section):
 
 
 class Workers(_Section):
-    """Who runs attempts, with how much of a machine each; an attempt without a result after
-    `lease_s` seconds, the loading of a model included, is lost and counts as one of `max_attempts`.
+    """Who runs attempts, with how much of a machine each; an attempt whose worker gives no sign of
+    life for `lease_s` seconds, while it loads a model or scores, is lost and counts as one of
+    `max_attempts`. Workers on Ray give none: there it limits the whole attempt.
     """
 
     count: int = Field(default=1, ge=1)

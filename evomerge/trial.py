@@ -131,7 +131,8 @@ class Trial:
     """One point of the search, or one baseline.
 
     `state` speaks of the search part: a trial is COMPLETE once scored there. `scores` holds a score
-    for every part scored so far; `tell_order` is its place among the results told to the sampler.
+    for every part scored so far; `tell_order` is its place among the results told to the sampler,
+    or, under the asynchronous schedule, among all that was asked for and told.
     `attempts` are in the order they were started, of every part.
     """
 

@@ -89,6 +89,16 @@ evaluation: {dtype: bfloat16, batch_size: auto, device: auto}
          "or true or false, got 'never'"),
         ({"sampler": {"sigma0": float("nan")}}, "sampler.sigma0: expected a finite number, "
          "got nan"),
+        ({"sampler": {"schedule": "async"}}, "sampler.schedule: expected 'generational', "
+         "'pipelined' or 'asynchronous', got 'async'"),
+        ({"sampler": {"restarts": False}}, "sampler.restarts: expected 'ipop', 'bipop' or 'same', "
+         "got False"),
+        ({"sampler": {"warm_start": "a b"}}, "sampler.warm_start: expected letters, digits, '.', "
+         "'_' and '-', a letter or digit first, got 'a b'"),
+        ({"sampler": {"name": "tpe", "schedule": "asynchronous"}}, "sampler.schedule: 'tpe' is "
+         "generational only; 'asynchronous' is for cmaes"),
+        ({"sampler": {"name": "random", "warm_start": "a"}}, "sampler.warm_start: is for cmaes, "
+         "not for 'random'"),
         ({"space": 4}, "space: expected a string or a mapping, got 4"),
         ({"objective": {"tasks": ["a", "a"]}}, "objective.tasks: task 'a' is listed twice; give "
          "it one entry and a weight"),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from evomerge.sampling.base import Sampler, Told
 from evomerge.spec import SamplerSpec
+from evomerge.trial import Genome
 
 __all__ = ["Sampler", "Told", "make_sampler"]
 
@@ -17,13 +18,20 @@ def make_sampler(
     init: Sequence[float],
     objectives: int,
     gene_names: Sequence[str],
+    levels: Sequence[int] = (),
+    promising: Sequence[Genome] = (),
 ) -> Sampler:
     """The sampler that `spec` names, knowing nothing yet.
 
     `init` [genes] is the start point in the unit cube, `gene_names` [genes] are distinct. `auto`
-    populations depend on `genes` and the sampler only, never on the number of workers. Raises
-    ValueError for arguments that do not fit together and UserError where a package is missing.
+    populations depend on `genes` and the sampler only, never on the number of workers. `levels`
+    [genes] says how many cells of [0, 1] a discrete gene has, 0 for a continuous one; `promising`
+    [k, genes] are good genomes of an earlier study: both are for CMA-ES, the others ignore them.
+    Raises ValueError for arguments that do not fit together and UserError where a package is
+    missing.
     """
+    if levels and (len(levels) != genes or any(count < 0 or count == 1 for count in levels)):
+        raise ValueError(f"expected 0 or at least 2 levels for each of {genes} genes; got {levels}")
     if not (genes == len(init) == len(gene_names) == len(set(gene_names))) or genes < 1:
         raise ValueError(
             f"expected one start value and one distinct name for each of at least one gene; got "
@@ -35,9 +43,11 @@ def make_sampler(
 
         return RandomSampler(spec, genes=genes, objectives=objectives)
     if spec.name == "cmaes":
-        from evomerge.sampling.cmaes import CmaEsSampler
+        from evomerge.sampling.cmaes import cmaes_sampler
 
-        return CmaEsSampler(spec, init=init, objectives=objectives)
+        return cmaes_sampler(
+            spec, init=init, objectives=objectives, levels=levels, promising=promising
+        )
     from evomerge.sampling.optuna import OptunaSampler
 
     return OptunaSampler(spec, init=init, objectives=objectives, gene_names=gene_names)

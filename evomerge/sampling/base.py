@@ -13,6 +13,9 @@ from typing import Protocol
 
 from evomerge.trial import Genome
 
+UNLIMITED = 2**31 - 1
+"""The horizon of a sampler that may be asked for any genome at any time."""
+
 
 @dataclass(frozen=True)
 class Told:
@@ -20,11 +23,15 @@ class Told:
 
     `index` counts search trials from 0. `values` are maximised; None is a failed candidate, which
     the sampler must treat as worse than every candidate that has values, never as a number.
+    `asked_at` is how many results had been told when the genome was asked for; None is unknown.
+    `tiebreak` decides, more being better, between candidates of equal values.
     """
 
     index: int
     genome: Genome
     values: tuple[float, ...] | None
+    asked_at: int | None = None
+    tiebreak: float | None = None
 
 
 class Sampler(Protocol):
@@ -32,14 +39,22 @@ class Sampler(Protocol):
 
     @property
     def population(self) -> int:
-        """How many genomes are proposed from one state: the size of a generation."""
+        """How many results are learned from at once. A restart may change it."""
+
+    @property
+    def horizon(self) -> int:
+        """Every genome whose index is below it, and that is not told, may be asked for now."""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether results are told in the order of their index; else as they come."""
 
     def ask(self, index: int) -> Genome:
         """Genome [genes] number `index`. Asking twice for one index in one state gives the same.
 
-        Generation g = index // population may be asked for only after all of generation g - 1
-        was told; else ValueError.
+        Raises ValueError for an index that is not open: at or beyond the horizon, or, where results
+        are told in order, of a generation that is wholly told.
         """
 
     def tell(self, result: Told) -> None:
-        """Take in one result. Results come in the order of their index."""
+        """Take in one result, once. Where `ordered`, results come in the order of their index."""

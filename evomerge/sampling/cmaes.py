@@ -1,85 +1,192 @@
 """CMA-ES, replayable: the state is a function of the recorded results, never of a pickle.
 
-Drives the `cmaes` package (full covariance up to 100 genes, diagonal above). Knows nothing of
-stores or of who evaluates.
+A search is a series of runs of one distribution; a run that stagnates is followed by another from
+a random mean. Knows nothing of stores or of who evaluates.
 
-Source: Hansen 2016, arXiv:1604.00772; diagonal: Ros and Hansen 2008. Where we differ: restarts
-keep the population's size, and a generation without any ranking is not learned from.
+Source: Hansen 2016, arXiv:1604.00772. Where we differ: only ranks enter, and a generation without
+any ranking widens the distribution and is not learned from.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
-from cmaes import CMA, SepCMA
-
-from evomerge.sampling.base import Told
+from evomerge.sampling.asynchronous import AsynchronousSampler
+from evomerge.sampling.base import Sampler, Told
+from evomerge.sampling.distribution import Distribution, Vector
 from evomerge.sampling.generations import GenerationalSampler
+from evomerge.sampling.restarts import Run, next_run
 from evomerge.sampling.seeding import derived_seed
+from evomerge.sampling.warm_start import promising_distribution
 from evomerge.spec import SamplerSpec
 from evomerge.trial import Genome
 
-FULL_COVARIANCE_GENES = 100
-# a point outside the cube is drawn again this often, then clipped: with many genes hardly any point
-# lies inside, and at 300 genes a hundred draws would cost 80 ms
-_RESAMPLING = 10
+_TOLERANCE = 1e-12  # of values; the package's tolfun
 
 
-class CmaEsSampler(GenerationalSampler):
-    """CMA-ES in the unit cube from the mean `init`, step size `sigma0`.
+def cmaes_sampler(
+    spec: SamplerSpec,
+    *,
+    init: Sequence[float],
+    objectives: int,
+    levels: Sequence[int] = (),
+    promising: Sequence[Genome] = (),
+) -> Sampler:
+    """CMA-ES under the schedule of `spec`; see `CmaEs`. Raises ValueError for two objectives."""
+    if objectives != 1:
+        raise ValueError(f"CMA-ES has one objective only, got {objectives}")
+    search = CmaEs(spec, init, levels, promising)
+    if spec.schedule == "asynchronous":
+        return AsynchronousCmaEs(search, genes=len(init))
+    return GenerationalCmaEs(search, genes=len(init), ahead=int(spec.schedule == "pipelined"))
 
-    `population: auto` is 4 + floor(3 ln n) for n genes (Hansen 2016, eq. 48). Only the ranks of a
-    generation enter; a failed candidate ranks below every candidate that has a value. Where all
-    candidates of a generation are alike (equal values, or all failed) there are no ranks: the
-    distribution stays as it is and the next generation draws from it anew. A search that can go
-    no further (`should_stop`) starts again from a random mean.
+
+class CmaEs:
+    """CMA-ES in the unit cube from the mean `init`, step size `sigma0`, or from `promising` genomes
+    of an earlier study.
+
+    `population: auto` is 4 + floor(3 ln n) for n genes (Hansen 2016, eq. 48). A failed candidate
+    ranks below every candidate that has a value; of equal values the higher tiebreak wins. Where
+    the best 70% are alike the distribution widens, where all are alike nothing else happens. A run
+    ends, with a reason in `ended`, when its steps are too small or too skewed to go on, or when
+    the best value of a generation has stayed the same for 10 + ⌈30n/λ⌉ generations; the next one
+    starts from a random mean. Results that were asked for in a run that has ended since say nothing
+    about the next one and are left out of it.
     """
 
-    def __init__(self, spec: SamplerSpec, *, init: Sequence[float], objectives: int) -> None:
-        if objectives != 1:
-            raise ValueError(f"CMA-ES has one objective only, got {objectives}")
-        genes = len(init)
-        auto = 4 + math.floor(3 * math.log(genes))
+    def __init__(
+        self,
+        spec: SamplerSpec,
+        init: Sequence[float],
+        levels: Sequence[int],
+        promising: Sequence[Genome],
+    ) -> None:
+        auto = 4 + math.floor(3 * math.log(len(init)))
         population = auto if spec.population == "auto" else spec.population
-        super().__init__(genes=genes, objectives=objectives, population=population)
-        self._seed = spec.seed
-        self._sigma0 = spec.sigma0
-        self._optimiser = self._start(init)
+        self._spec = spec
+        self._genes = len(init)
+        self._levels = levels
+        self.ended: list[Run] = []
+        self._began_at = self._changed_at = 0  # in numbers of results told
+        self._run = Run(population, spec.sigma0)
+        self._best = self._no_values()
+        self._distribution = (
+            self._around(*promising_distribution(promising))
+            if promising
+            else self._around(init, spec.sigma0)
+        )
 
-    def _start(self, mean: Sequence[float]) -> CMA | SepCMA:
-        algorithm = CMA if self._genes <= FULL_COVARIANCE_GENES else SepCMA
-        # a population of 2 or 3 has one parent, and learning rates that divide by zero
-        with np.errstate(divide="ignore"):
-            return algorithm(
-                mean=np.array(mean, dtype=np.float64),
-                sigma=self._sigma0,
-                bounds=np.tile([0.0, 1.0], (self._genes, 1)),
-                n_max_resampling=_RESAMPLING,
-                population_size=self._population,
-                seed=0,  # never drawn from: each ask reseeds
-            )
+    @property
+    def population(self) -> int:
+        """λ of the run under way."""
+        return self._run.population
+
+    @property
+    def learned(self) -> int:
+        """How many results were learned from, in every run."""
+        return sum(run.results for run in [*self.ended, self._run])
+
+    def propose(self, index: int) -> Genome:
+        """Genome `index`, drawn from the distribution as it is."""
+        return self._distribution.ask(derived_seed(self._spec.seed, index, bits=32))
+
+    def accepts(self, result: Told) -> bool:
+        """Whether a result belongs to the run under way."""
+        return result.asked_at is None or result.asked_at >= self._began_at
+
+    def learn(self, results: Sequence[Told], told: int) -> None:
+        """Take in results [population] of the run under way; `told` counts all so far."""
+        ranks = _ranks(results)
+        ordered = sorted(ranks)
+        if ordered[0] == ordered[math.ceil(0.7 * len(ordered)) - 1]:
+            self._distribution.widen()
+        if ordered[0] != ordered[-1]:
+            genomes = [result.genome for result in results]
+            self._distribution.tell(genomes, ranks, [self._is_stale(r) for r in results])
+        self._changed_at = told
+        self._run = replace(self._run, results=self._run.results + len(results))
+        values = [r.values[0] for r in results if r.values is not None]
+        self._best.append(max(values, default=-math.inf))
+        reason = self._distribution.exhausted() or self._stagnation()
+        if reason is not None:
+            self._restart(reason, told)
+
+    def _is_stale(self, result: Told) -> bool:
+        return result.asked_at is None or result.asked_at < self._changed_at
+
+    def _stagnation(self) -> str | None:
+        window = self._best.maxlen
+        if len(self._best) != window or max(self._best) > min(self._best) + _TOLERANCE:
+            return None
+        return f"the best of a generation has not changed in {window} generations"
+
+    def _restart(self, reason: str, told: int) -> None:
+        self.ended.append(replace(self._run, reason=reason))
+        generator = random.Random(derived_seed(self._spec.seed, "restart", told - 1))
+        mean = [generator.random() for _ in range(self._genes)]
+        self._run = next_run(self._spec.restarts, self.ended, generator)
+        self._best = self._no_values()
+        self._distribution = self._around(mean, self._run.sigma0)
+        self._began_at = told
+
+    def _around(
+        self, mean: Sequence[float], sigma: float, cov: Vector | None = None
+    ) -> Distribution:
+        return Distribution(
+            mean, sigma=sigma, population=self.population, levels=self._levels, cov=cov
+        )
+
+    def _no_values(self) -> deque[float]:
+        """Room for the best value of each generation, as far back as stagnation is looked for."""
+        return deque(maxlen=10 + math.ceil(30 * self._genes / self.population))
+
+
+class GenerationalCmaEs(GenerationalSampler):
+    """CMA-ES by whole generations."""
+
+    def __init__(self, search: CmaEs, *, genes: int, ahead: int) -> None:
+        super().__init__(genes=genes, objectives=1, population=search.population, ahead=ahead)
+        self.search = search
 
     def _propose(self, index: int) -> Genome:
-        self._optimiser.reseed_rng(derived_seed(self._seed, index, bits=32))
-        return tuple(self._optimiser.ask().tolist())
+        return self.search.propose(index)
 
     def _learn(self, results: Sequence[Told]) -> None:
-        losses = _losses(results)
-        if len(set(losses)) == 1:
-            return
-        points = [np.array(result.genome) for result in results]
-        self._optimiser.tell(list(zip(points, losses, strict=True)))
-        if self._optimiser.should_stop():
-            restart = derived_seed(self._seed, "restart", results[-1].index)
-            generator = random.Random(restart)
-            self._optimiser = self._start([generator.random() for _ in range(self._genes)])
+        # a generation comes from one state, so it is of one run
+        if self.search.accepts(results[0]):
+            self.search.learn(results, results[-1].index + 1)
+        self._population = self.search.population
 
 
-def _losses(results: Sequence[Told]) -> list[float]:
-    """Ranks [population] from 0, the best: equal values share a rank, failures have the last."""
-    levels = sorted({r.values[0] for r in results if r.values is not None}, reverse=True)
-    rank = {value: float(place) for place, value in enumerate(levels)}
-    return [float(len(levels)) if r.values is None else rank[r.values[0]] for r in results]
+class AsynchronousCmaEs(AsynchronousSampler):
+    """CMA-ES from whatever is finished."""
+
+    def __init__(self, search: CmaEs, *, genes: int) -> None:
+        super().__init__(genes=genes, objectives=1, population=search.population)
+        self.search = search
+
+    def _propose(self, index: int) -> Genome:
+        return self.search.propose(index)
+
+    def _accepts(self, result: Told) -> bool:
+        return self.search.accepts(result)
+
+    def _learn(self, results: Sequence[Told], told: int) -> None:
+        self.search.learn(results, told)
+        self._population = self.search.population
+
+
+def _ranks(results: Sequence[Told]) -> list[float]:
+    """Ranks [population] from 0, the best: equals share a rank, failures have the last."""
+    keys = [None if r.values is None else (r.values[0], _tiebreak(r)) for r in results]
+    levels = sorted({key for key in keys if key is not None}, reverse=True)
+    rank = {key: float(place) for place, key in enumerate(levels)}
+    return [float(len(levels)) if key is None else rank[key] for key in keys]
+
+
+def _tiebreak(result: Told) -> float:
+    return -math.inf if result.tiebreak is None else result.tiebreak

@@ -8,13 +8,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from evomerge.sampling.base import Told
+from evomerge.sampling.base import UNLIMITED, Told
 from evomerge.sampling.generations import GenerationalSampler
 from evomerge.sampling.seeding import derived_seed
 from evomerge.spec import SamplerSpec
 from evomerge.trial import Genome
-
-NO_BARRIER = 2**31 - 1
 
 
 class RandomSampler(GenerationalSampler):
@@ -25,7 +23,7 @@ class RandomSampler(GenerationalSampler):
     """
 
     def __init__(self, spec: SamplerSpec, *, genes: int, objectives: int) -> None:
-        population = NO_BARRIER if spec.population == "auto" else spec.population
+        population = UNLIMITED if spec.population == "auto" else spec.population
         super().__init__(genes=genes, objectives=objectives, population=population)
         self._seed = spec.seed
 

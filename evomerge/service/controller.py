@@ -8,7 +8,9 @@ watches is called back.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Protocol
 
 from evomerge.sampling.base import Sampler, Told
@@ -61,7 +63,8 @@ class Controller:
         self._time_s = time_s
         self._weights = {task.task: task.weight for task in spec.objective.tasks}
         self._first = sum(t.kind != "search" for t in ledger.trials)
-        self._told = 0
+        self._untold: list[int] = []  # numbers of search trials, ascending
+        self._asked_before_tell: list[int] = []  # for each tell in turn, how many were asked for
         self._stopping = self._stopping_now = False
         self._renewed_s = self._watched_s = time_s()
 
@@ -87,10 +90,12 @@ class Controller:
 
     def _restore(self) -> None:
         """Replay what was told, in the order it was told; queue what is not finished."""
-        told = [t for t in self._ledger.trials if t.tell_order is not None]
+        searched = [t for t in self._ledger.trials if t.kind == "search"]
+        told = [t for t in searched if t.tell_order is not None]
         for trial in sorted(told, key=lambda t: t.tell_order or 0):
+            self._note_tell(trial.tell_order or 0)
             self._sampler.tell(self._result(trial))
-        self._told = len(told)
+        self._untold = [t.number for t in searched if t.tell_order is None]
         open_trials = [t for t in self._ledger.trials if not t.state.finished]
         self._dispatcher.enqueue((t.number, "search") for t in open_trials)
 
@@ -118,33 +123,52 @@ class Controller:
                 self._step()
 
     def _ask(self) -> None:
-        """Record more of the open generation, or the next one once all before it is told."""
-        index, population = len(self._ledger) - self._first, self._sampler.population
-        opened = self._told >= index - index % population
-        if self._stopping or not opened or self._dispatcher.waiting > _AT_ONCE:
-            return
-        generation_end = index - index % population + population
-        last = min(generation_end, index + _AT_ONCE, self._spec.budget.trials)
-        if index >= last:
+        """Record more of what the sampler will answer for, as much as workers may soon need."""
+        index = len(self._ledger) - self._first
+        last = min(self._sampler.horizon, index + self._room(), self._spec.budget.trials)
+        if self._stopping or index >= last:
             return
         trials = [
             self._propose(self._first + i, i, self._sampler.ask(i)) for i in range(index, last)
         ]
         self._ledger.create(trials)
+        self._untold.extend(trial.number for trial in trials)
         self._dispatcher.enqueue((trial.number, "search") for trial in trials)
 
+    def _room(self) -> int:
+        """How many more to ask for: proposals of an open generation come to no harm by waiting, but
+        one that waits while others finish could have known their results.
+        """
+        if self._sampler.ordered:
+            return 0 if self._dispatcher.waiting > _AT_ONCE else _AT_ONCE
+        return max(self._dispatcher.room, int(self._dispatcher.idle))
+
     def _tell(self) -> None:
-        """Tell every finished trial that has no unfinished one before it."""
-        start = self._first + self._told
-        ready: list[int] = []
-        for number in range(start, len(self._ledger)):
-            if not self._ledger[number].state.finished:
-                break
+        """Tell every finished trial, where order matters up to the first that is not finished."""
+        asked, told = len(self._ledger) - self._first, len(self._asked_before_tell)
+        # where tells come as they may, their places count the asks between them too, so that the
+        # order of both can be read back
+        first = told if self._sampler.ordered else told + asked
+        ready = self._ready()
+        for place, number in enumerate(ready):
+            self._note_tell(first + place)
             self._sampler.tell(self._result(self._ledger[number]))
-            ready.append(number)
         if ready:
-            self._ledger.mark_told(ready, self._told)
-            self._told += len(ready)
+            self._ledger.mark_told(ready, first)
+            self._untold = [number for number in self._untold if not self._is_told(number)]
+
+    def _ready(self) -> list[int]:
+        def finished(number: int) -> bool:
+            return self._ledger[number].state.finished
+
+        pick = takewhile if self._sampler.ordered else filter
+        return list(pick(finished, self._untold))
+
+    def _is_told(self, number: int) -> bool:
+        return self._ledger[number].tell_order is not None
+
+    def _note_tell(self, order: int) -> None:
+        self._asked_before_tell.append(order - len(self._asked_before_tell))
 
     def _step(self) -> None:
         if self._stopping_now:
@@ -167,5 +191,8 @@ class Controller:
             self._mirror.sync(finished)
 
     def _result(self, trial: Trial) -> Told:
+        index = trial.number - self._first
         values = trial.values if trial.state is State.COMPLETE else None
-        return Told(trial.number - self._first, trial.genome or (), values)
+        # only a sampler that is told in any order needs to hear it: others know by the index
+        asked_at = None if self._sampler.ordered else bisect_right(self._asked_before_tell, index)
+        return Told(index, trial.genome or (), values, asked_at)

@@ -57,6 +57,11 @@ class Dispatcher:
         return len(self._queue)
 
     @property
+    def room(self) -> int:
+        """How many more tasks would start at once."""
+        return max(0, self._executor.free() - len(self._queue))
+
+    @property
     def running(self) -> int:
         return len(self._ledger.live)
 
@@ -77,6 +82,7 @@ class Dispatcher:
         changed = self._dispatch()
         for event in self._poll():
             changed |= self._take(event)
+        self._ledger.seen_alive(self._executor.alive(), self._spec.workers.lease_s)
         for attempt in self._ledger.lapsed():
             changed |= self._expire(attempt)
         return changed
@@ -102,9 +108,10 @@ class Dispatcher:
         return len(self._queue) != before
 
     def _take(self, event: Event) -> bool:
-        """Record an event; one whose attempt is no longer live is dropped."""
+        """Record an event; one whose attempt is no longer live is refused, and counted."""
         attempt = self._ledger.live.get(event.token)
         if attempt is None:
+            self._ledger.refuse(event.token)
             return False
         if event.score is not None:
             score = Score.from_json(event.score)
@@ -119,7 +126,7 @@ class Dispatcher:
     def _expire(self, attempt: Attempt) -> bool:
         self._executor.cancel(attempt.token)
         message = (
-            f"no result within the lease of {self._spec.workers.lease_s:g} s; "
+            f"no result or sign of life within the lease of {self._spec.workers.lease_s:g} s; "
             "set a longer `workers.lease_s` if one attempt needs more"
         )
         failure = Failure("WorkerLost", message)

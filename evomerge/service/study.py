@@ -27,6 +27,7 @@ from evomerge.service.ledger import Clock, Ledger, utc_now
 from evomerge.service.liveness import is_dead, process_start
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing, work_done
+from evomerge.service.warm_start import good_genomes
 from evomerge.space import Space, load_space
 from evomerge.spec import StudySpec
 from evomerge.store.base import Controller as Holder
@@ -70,6 +71,7 @@ def open_study(
     try:
         known = store.study(spec.name)
     except StudyNotFound:
+        record = replace(record, inspection=inspection | good_genomes(spec, document, store))
         store.create_study(record)
         return record
     differences = _differences(_identity(known), _identity(record))
@@ -79,7 +81,9 @@ def open_study(
             f"study {spec.name!r} exists with another spec; give this one another name, or undo:"
             f"\n{lines}"
         )
-    return replace(record, created_at=known.created_at)
+    # what the study started from stays, whatever has become of the earlier study since
+    start = {key: value for key, value in known.inspection.items() if key == "warm_start"}
+    return replace(record, inspection=inspection | start, created_at=known.created_at)
 
 
 @contextlib.contextmanager
@@ -136,6 +140,7 @@ def build_controller(
             init=space.start(list(models.sources)),
             objectives=len(spec.objective.tasks) if spec.objective.aggregate == "pareto" else 1,
             gene_names=[gene.name for gene in genes],
+            promising=record.inspection.get("warm_start", ()),
         ),
         Dispatcher(spec, ledger, executor),
         _proposer(space, models, spec.sampler.seed),

@@ -5,7 +5,8 @@ A plug-in runs it on its own sampler by a subclass that says how to make a fresh
     class TestMySampler(SamplerContract):
         def make(self, *, genes=3, seed=0): ...
 
-Uses nothing but the protocol. Whether a sampler searches well is tested beside it.
+A sampler that is told in any order runs AsynchronousSamplerContract instead. Uses nothing but the
+protocol. Whether a sampler searches well is tested beside it.
 """
 
 from __future__ import annotations
@@ -45,8 +46,27 @@ def replayed(sampler: Sampler, results: Iterable[Told]) -> Sampler:
     return sampler
 
 
-class SamplerContract:
-    """Subclass it, and say how a fresh sampler is made."""
+def interleaved(
+    sampler: Sampler, trials: int, objective: Objective, *, workers: int, seed: int
+) -> tuple[list[Told], list[int]]:
+    """A search by `workers` at once that finish in any order: its results in the order of tells,
+    and for each ask, by index, how many tells came before it.
+    """
+    generator, running, told = random.Random(seed), list[Told](), list[Told]()
+    asked_at: list[int] = []
+    while len(told) < trials:
+        if len(asked_at) < trials and len(running) < workers and generator.random() < 0.7:
+            genome = sampler.ask(len(asked_at))
+            running.append(Told(len(asked_at), genome, objective(genome), len(told)))
+            asked_at.append(len(told))
+        elif running:
+            told.append(running.pop(generator.randrange(len(running))))
+            sampler.tell(told[-1])
+    return told, asked_at
+
+
+class _EverySampler:
+    """What is asked of a sampler whatever the order of its tells."""
 
     objectives: int = 1
     trials: int = 24
@@ -114,32 +134,6 @@ class SamplerContract:
                 assert sampler.ask(index) == whole[index].genome
             replayed(sampler, whole[first : first + size])
 
-    def test_told_within_a_generation_changes_nothing_yet(self) -> None:
-        whole = self.search()
-        sampler = self.make()
-        size = min(sampler.population, self.trials)
-        sampler.tell(whole[0])
-        assert [sampler.ask(i) for i in range(size)] == [r.genome for r in whole[:size]]
-
-    def test_an_ask_beyond_the_open_generation_is_refused(self) -> None:
-        sampler = self.make()
-        for index in (-1, sampler.population):
-            with pytest.raises(ValueError, match=str(index)):
-                sampler.ask(index)
-        if sampler.population < self.trials:
-            replayed(sampler, self.search()[: sampler.population])
-            with pytest.raises(ValueError, match="open generation"):
-                sampler.ask(0)
-
-    def test_a_result_out_of_turn_is_refused(self) -> None:
-        sampler = self.make()
-        first = Told(0, sampler.ask(0), self.objective(sampler.ask(0)))
-        with pytest.raises(ValueError, match="result 1"):
-            sampler.tell(Told(1, first.genome, first.values))
-        sampler.tell(first)
-        with pytest.raises(ValueError, match="result 0"):
-            sampler.tell(first)
-
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_a_value_that_is_no_number_is_refused_and_leaves_no_trace(self, value: float) -> None:
         sampler = self.make()
@@ -179,3 +173,77 @@ class SamplerContract:
             go_on(replayed(self.make(), whole[:told]), range(told, self.trials), half)
             == (whole[told:])
         )
+
+
+class SamplerContract(_EverySampler):
+    """For a sampler that is told in order. Subclass it, and say how a fresh sampler is made."""
+
+    def test_it_says_so(self) -> None:
+        assert self.make().ordered
+
+    def test_told_within_a_generation_changes_nothing_yet(self) -> None:
+        whole = self.search()
+        sampler = self.make()
+        size = min(sampler.population, self.trials)
+        sampler.tell(whole[0])
+        assert [sampler.ask(i) for i in range(size)] == [r.genome for r in whole[:size]]
+
+    def test_an_ask_beyond_the_open_generation_is_refused(self) -> None:
+        sampler = self.make()
+        for index in (-1, sampler.horizon):
+            with pytest.raises(ValueError, match=str(index)):
+                sampler.ask(index)
+        if sampler.population < self.trials:
+            replayed(sampler, self.search()[: sampler.population])
+            with pytest.raises(ValueError, match="open generation"):
+                sampler.ask(0)
+
+    def test_a_result_out_of_turn_is_refused(self) -> None:
+        sampler = self.make()
+        first = Told(0, sampler.ask(0), self.objective(sampler.ask(0)))
+        with pytest.raises(ValueError, match="result 1"):
+            sampler.tell(Told(1, first.genome, first.values))
+        sampler.tell(first)
+        with pytest.raises(ValueError, match="result 0"):
+            sampler.tell(first)
+
+
+class AsynchronousSamplerContract(_EverySampler):
+    """For a sampler that is told in any order and asked at any time."""
+
+    def test_it_says_so(self) -> None:
+        assert not self.make().ordered
+
+    def test_any_genome_may_be_asked_for_unless_it_is_told(self) -> None:
+        sampler = self.make()
+        assert sampler.ask(10**6) != sampler.ask(0)
+        sampler.tell(Told(5, sampler.ask(5), self.objective(sampler.ask(5)), 0))
+        for index in (-1, 5):
+            with pytest.raises(ValueError, match=str(index)):
+                sampler.ask(index)
+
+    def test_a_result_counts_once(self) -> None:
+        sampler = self.make()
+        for index in (3, 0, 1):
+            result = Told(index, sampler.ask(index), self.objective(sampler.ask(index)), 0)
+            sampler.tell(result)
+            with pytest.raises(ValueError, match=f"result {index}"):
+                sampler.tell(result)
+
+    def test_a_genome_from_the_future_is_refused(self) -> None:
+        sampler = self.make()
+        with pytest.raises(ValueError, match="after 1 results"):
+            sampler.tell(Told(0, sampler.ask(0), self.objective(sampler.ask(0)), 1))
+
+    @pytest.mark.parametrize("workers", [1, 2, 8, 40])
+    def test_every_ask_is_repeated_by_replaying_the_tells_before_it(self, workers: int) -> None:
+        live = self.make()
+        told, asked_at = interleaved(live, self.trials, self.objective, workers=workers, seed=1)
+        genomes = {result.index: result.genome for result in told}
+        again, done = self.make(), 0
+        for index, before in enumerate(asked_at):
+            replayed(again, told[done:before])
+            done = before
+            assert again.ask(index) == genomes[index]
+        replayed(again, told[done:])
+        assert again.ask(self.trials) == live.ask(self.trials)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,13 +17,21 @@ from evomerge.testing.sampler_contract import go_on, sphere
 from evomerge.trial import Genome
 
 
-def cmaes(genes: int, *, init: float = 0.3, objectives: int = 1, **spec: object) -> Sampler:
+def cmaes(
+    genes: int,
+    *,
+    init: float = 0.3,
+    objectives: int = 1,
+    levels: Sequence[int] = (),
+    **spec: object,
+) -> Sampler:
     return make_sampler(
         SamplerSpec.model_validate({"name": "cmaes", **spec}),
         genes=genes,
         init=[init] * genes,
         objectives=objectives,
         gene_names=[str(i) for i in range(genes)],
+        levels=levels,
     )
 
 
@@ -66,12 +76,122 @@ def test_a_failure_ranks_as_a_value_below_all_others_does():
 
 
 @pytest.mark.parametrize("value", [None, (0.25,)])
-def test_a_generation_of_equals_leaves_the_distribution_as_it_was(value):
+def test_a_generation_of_equals_widens_the_distribution_and_moves_nothing_else(value):
     sampler = cmaes(4, seed=2)
     go_on(sampler, range(3 * sampler.population), lambda _: value)
     untold = reference(4, CMA)
+    untold._sigma = min(0.5, 0.1667 * math.exp(0.2 + untold._c_sigma / untold._d_sigma) ** 3)
     first = 3 * sampler.population
-    assert sampler.ask(first) == tuple(reference_ask(untold, 2, first))
+    assert sampler.ask(first) == pytest.approx(reference_ask(untold, 2, first), abs=1e-12)
+
+
+def test_a_tiebreak_decides_between_equals_only():
+    def told(values, tiebreaks):
+        sampler = cmaes(4)
+        for index, (value, tiebreak) in enumerate(zip(values, tiebreaks, strict=True)):
+            sampler.tell(Told(index, sampler.ask(index), (value,), tiebreak=tiebreak))
+        return sampler.ask(sampler.population)
+
+    assert cmaes(4).population == 8
+    halves = [1.0] * 3 + [0.0] * 5
+    strict = [9.0, 8.0, 7.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    margins = [0.3, 0.2, -0.1, 8.0, 7.0, 6.0, 5.0, -3.0]
+    assert told(halves, margins) == told(strict, [None] * 8)
+    assert told(halves, [None] * 8) == told(halves, [0.5] * 8)
+    assert told([1.0] * 8, strict) == told(strict, [None] * 8), "no tie is left that would widen"
+
+
+@pytest.mark.parametrize("schedule", ["generational", "pipelined", "asynchronous"])
+@pytest.mark.parametrize(("genes", "levels"), [(5, 0), (5, 2), (120, 0)])
+@pytest.mark.parametrize("value", [None, (0.5,)])
+def test_500_equal_evaluations_end_nothing_and_are_spread_wide(schedule, genes, levels, value):
+    sampler = cmaes(genes, schedule=schedule, levels=[levels] * genes)
+    results = go_on(sampler, range(500), lambda _: value)
+    assert len({result.genome for result in results}) == 500
+    last = np.array([result.genome for result in results[-100:]])
+    assert np.all(last.std(axis=0) > 0.2), "uniform has 0.29"
+
+
+@pytest.mark.parametrize("schedule", ["generational", "pipelined", "asynchronous"])
+def test_a_staircase_is_climbed_to_its_top(schedule):
+    def staircase(genome: Genome) -> tuple[float, ...]:
+        """Accuracy on 8 items: within 0.12 of the optimum in every gene of four to score 1."""
+        distance = max(abs(gene - 0.9) for gene in genome)
+        return (max(0.0, 8 - round(distance / 0.08)) / 8,)
+
+    sampler = cmaes(4, schedule=schedule)
+    assert _best(go_on(sampler, range(400), staircase)) == 1.0
+
+
+@threadpool_limits.wrap(limits=1)
+def test_pipelined_is_the_package_one_generation_behind():
+    sampler, optimiser = cmaes(6, seed=9, schedule="pipelined"), reference(6, CMA)
+    size = sampler.population
+    waiting = [[reference_ask(optimiser, 9, i) for i in range(size)]]
+    for generation in range(6):
+        first = (generation + 1) * size
+        waiting.append([reference_ask(optimiser, 9, i) for i in range(first, first + size)])
+        solutions = []
+        for place, x in enumerate(waiting.pop(0)):
+            index = generation * size + place
+            assert sampler.ask(index) == pytest.approx(x, abs=1e-9)
+            sampler.tell(Told(index, sampler.ask(index), sphere(sampler.ask(index))))
+            solutions.append((shortened(optimiser, x) if generation else x, -sphere(tuple(x))[0]))
+        optimiser.tell(solutions)
+
+
+def shortened(optimiser: CMA, x: np.ndarray) -> np.ndarray:
+    """Hansen 2011's clipping, by a Cholesky factor."""
+    n = len(x)
+    step = x - optimiser.mean
+    u = np.linalg.solve(np.linalg.cholesky(optimiser._C), step / optimiser._sigma)
+    longest = np.sqrt(n) + 2 * n / (n + 2)
+    return optimiser.mean + step * min(1.0, longest / np.linalg.norm(u))
+
+
+@pytest.mark.parametrize("genes", [7, 120])
+def test_asynchronous_told_in_sequence_is_generational(genes):
+    ordered, free = cmaes(genes, seed=5), cmaes(genes, seed=5, schedule="asynchronous")
+    for index in range(5 * ordered.population):
+        genome = ordered.ask(index)
+        assert free.ask(index) == genome
+        ordered.tell(Told(index, genome, sphere(genome)))
+        state = index - index % ordered.population  # a generation comes from one state
+        free.tell(Told(index, genome, sphere(genome), state))
+
+
+@pytest.mark.parametrize("levels", [0, 4])
+def test_what_was_asked_for_before_a_restart_is_left_out_of_the_next_run(levels):
+    def ended() -> Sampler:
+        sampler = cmaes(2, schedule="asynchronous", levels=[levels] * 2)
+        while not sampler.search.ended:
+            index = sampler._told
+            sampler.tell(Told(index, sampler.ask(index), (0.5,), index))
+        return sampler
+
+    sampler, other = ended(), ended()
+    told, before = sampler._told, sampler.ask(10**6)
+    for index in range(1000, 1000 + 3 * sampler.population):
+        sampler.tell(Told(index, (0.9, 0.9), (1.0,), told - 1))
+    assert sampler.ask(10**6) == before
+    assert "has not changed in" in sampler.search.ended[0].reason
+    for index in range(1000, 1000 + other.population):
+        other.tell(Told(index, (0.9, 0.9 - index / 1e5), (float(index),), told))
+    assert other.ask(10**6) != before
+
+
+@pytest.mark.parametrize("schedule", ["generational", "pipelined", "asynchronous"])
+def test_a_restart_doubles_the_population_under_every_schedule(schedule):
+    sampler = cmaes(2, schedule=schedule)
+    results = go_on(sampler, range(1500), sphere)
+    runs = sampler.search.ended
+    assert runs
+    assert [run.population for run in runs] == [6 * 2**i for i in range(len(runs))]
+    assert sampler.population == 6 * 2 ** len(runs)
+    again = cmaes(2, schedule=schedule)
+    for result in results[:1400]:
+        again.tell(result)
+    assert go_on(again, range(1400, 1500), sphere) == results[1400:]
 
 
 def test_a_converged_search_starts_again_elsewhere():

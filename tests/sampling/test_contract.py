@@ -9,11 +9,15 @@ import pytest
 
 from evomerge.sampling import Sampler, make_sampler
 from evomerge.spec import SamplerSpec
-from evomerge.testing.sampler_contract import SamplerContract
+from evomerge.testing.sampler_contract import AsynchronousSamplerContract, SamplerContract
 
 
-class Shipped(SamplerContract):
+class Made:
+    """Makes a shipped sampler from a spec."""
+
     spec: ClassVar[dict[str, Any]]
+    levels: ClassVar[int] = 0
+    objectives: int = 1
 
     def make(self, *, genes: int = 3, seed: int = 0) -> Sampler:
         return make_sampler(
@@ -22,7 +26,12 @@ class Shipped(SamplerContract):
             init=[0.3] * genes,
             objectives=self.objectives,
             gene_names=[f"weight[{i}]" for i in range(genes)],
+            levels=[self.levels if i % 2 == 0 else 0 for i in range(genes)],
         )
+
+
+class Shipped(Made, SamplerContract):
+    pass
 
 
 class TestCmaEs(Shipped):
@@ -33,6 +42,28 @@ class TestCmaEs(Shipped):
 class TestCmaEsSmallestPopulation(Shipped):
     spec: ClassVar = {"name": "cmaes", "population": 2}
     trials = 12
+
+
+class TestCmaEsPipelined(Shipped):
+    spec: ClassVar = {"name": "cmaes", "schedule": "pipelined"}
+    trials = 40
+
+
+class TestCmaEsAsynchronous(Made, AsynchronousSamplerContract):
+    spec: ClassVar = {"name": "cmaes", "schedule": "asynchronous"}
+    trials = 40
+
+
+class TestCmaEsDiscrete(Shipped):
+    spec: ClassVar = {"name": "cmaes"}
+    levels = 3
+    trials = 40
+
+
+class TestCmaEsDiscreteAsynchronous(Made, AsynchronousSamplerContract):
+    spec: ClassVar = {"name": "cmaes", "schedule": "asynchronous"}
+    levels = 3
+    trials = 40
 
 
 class TestRandom(Shipped):
