@@ -109,13 +109,12 @@ def _ours(
             value = -objective(LOW + (HIGH - LOW) * np.array(genome))
             results.append(Told(index, genome, (value,), None if sampler.ordered else told))
             heapq.heappush(running, (now + durations[index], index))
-        now, index = heapq.heappop(running)
-        finished.add(index)
-        for index in [told] if sampler.ordered else [index]:
-            while index in finished:
-                sampler.tell(results[index])
-                finished.remove(index)
-                told, index = told + 1, index + 1 if sampler.ordered else -1
+        now, last = heapq.heappop(running)
+        finished.add(last)
+        while (index := told if sampler.ordered else last) in finished:
+            finished.remove(index)
+            sampler.tell(results[index])
+            told += 1
     search = sampler.search  # type: ignore[attr-defined]
     used = (search.learned + EVALUATIONS % population) / EVALUATIONS
     return Outcome(-max(r.values[0] for r in results if r.values), used, now)
