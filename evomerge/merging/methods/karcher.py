@@ -63,6 +63,8 @@ def karcher(products: Gram, weights: Sequence[float]) -> list[float]:
             ahead = math.sin(length) / length
             mean = [math.cos(length) * u + ahead * t for u, t in zip(mean, step, strict=True)]
             size = length_of(table, mean)
+            if size <= NO_DIRECTION:  # the walk reached the opposite point and cancelled out
+                return list(weights)
             mean = [u / size for u in mean]
         if length < CONVERGED:
             break

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError
-from evomerge.merging.methods.karcher import Karcher
+from evomerge.merging.methods.karcher import Karcher, karcher
 from evomerge.merging.methods.multislerp import MultiSlerp
 from evomerge.merging.methods.nuslerp import NuSlerp
 from evomerge.merging.values import Scalar
@@ -145,3 +145,9 @@ def test_a_zero_vector_has_no_direction(method: MultiSlerp | Karcher) -> None:
 def test_no_weight_makes_no_mean(method: MultiSlerp | Karcher) -> None:
     with pytest.raises(CandidateError, match="weight"):
         merged(method, case().given(weight=0.0))
+
+
+def test_a_walk_that_cancels_out_ends_in_the_plain_mean() -> None:
+    """Vectors of one dimension are parallel or opposite: there is no way round the sphere."""
+    v, weights = [-1.0, 2.0, -1.0], [6 / 13, 6 / 13, 1 / 13]
+    assert karcher([[a * b for b in v] for a in v], weights) == weights
