@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.sampling import Sampler, Told, make_sampler
+from evomerge.sampling.distribution import level_of
 from evomerge.spec import SamplerSpec
 from evomerge.testing.sampler_contract import interleaved, replayed, sphere
 from evomerge.trial import Genome
@@ -105,3 +106,28 @@ def test_a_far_stray_result_does_not_blow_the_search_up():
     nearest = max(r.values[0] for r in told if r.values)
     assert nearest > -1e-5
     assert min(drawn) > -1e-2
+
+
+@pytest.mark.parametrize(
+    ("restarts", "levels"), [("ipop", (0, 0)), ("bipop", (0, 0)), ("ipop", (4, 0))]
+)
+def test_restarts_are_replayed_and_leave_out_no_more_than_was_under_way(restarts, levels):
+    def make() -> Sampler:
+        return sampler(2, levels, restarts=restarts)
+
+    def objective(genome: Genome) -> tuple[float, ...]:
+        cell = level_of(genome[0], levels[0]) / 4 if levels[0] else genome[0]
+        return sphere((cell, genome[1]))
+
+    live, again, done = make(), make(), 0
+    told, asked_at = interleaved(live, 1500, objective, workers=8, seed=5)
+    runs = live.search.ended
+    assert len(runs) >= 2
+    assert all(run.reason for run in runs)
+    genomes = {result.index: result.genome for result in told}
+    for index, before in enumerate(asked_at):
+        replayed(again, told[done:before])
+        done = before
+        assert again.ask(index) == genomes[index]
+    assert again.search.ended == runs
+    assert 1500 - live.search.learned < 8 * len(runs) + live.population
