@@ -6,18 +6,22 @@ checkpoint cannot differ. Knows no recipe, no checkpoint and no study.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import is_finite
 from evomerge.errors import NonFiniteModel
-from evomerge.merging.kernels import cpu
+from evomerge.merging.kernels import cpu, cuda, streaming
 from evomerge.merging.kernels.facts import Facts, Store
+from evomerge.merging.kernels.program import Program
 from evomerge.merging.methods.base import Block, Blocks, Coefficients, Inputs, MergeMethod
+
+Kernel: TypeAlias = Callable[[Program, Tensor | None, Sequence[Tensor], Tensor], bool]
+"""Carries a program out; False if a result is not finite."""
 
 BLOCK_SIZE = 1 << 17
 """Elements per block: a block of base, sources and result stays in a core's cache."""
@@ -75,12 +79,13 @@ def merge_tensor(
     in one fused pass where a kernel knows the device and the dtypes; the bits are the same.
     """
     blocks = operands.blocks(block_size)
-    if cpu.can_read(operands.base, *operands.sources, out):
+    kernel = _kernel(operands, out)
+    if kernel is not None:
         inputs = Inputs(blocks, operands.facts)
         prepared = method.prepare(inputs, coefficients, survey)
         program = method.program(coefficients, prepared)
         if program is not None:
-            if not cpu.run(program, operands.base, operands.sources, out):
+            if not kernel(program, operands.base, operands.sources, out):
                 raise _explained(method, coefficients, blocks, survey, out.dtype)
             return
     else:
@@ -91,6 +96,16 @@ def merge_tensor(
         target.copy_(merged)
         if not is_finite(target):
             raise _non_finite(method, coefficients, merged, out.dtype)
+
+
+def _kernel(operands: Operands, out: Tensor) -> Kernel | None:
+    """What carries a program out where the result is to be; the operands lie in host memory."""
+    stored = (operands.base, *operands.sources)
+    if cpu.can_read(*stored, out):
+        return cpu.run
+    if out.is_cuda and cuda.available() and cpu.can_read(*stored) and cuda.reads(*stored, out):
+        return streaming.stream
+    return None
 
 
 def _explained(

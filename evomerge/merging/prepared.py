@@ -59,8 +59,10 @@ class Prepared:
             with os.fdopen(handle, "wb") as file:
                 np.save(file, array, allow_pickle=False)
             os.replace(name, self._path(key))
-        except OSError:
+        except BaseException as error:
             Path(name).unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             return
         del self._known[key]  # the next reader maps it, as all others do
 

@@ -6,12 +6,8 @@ methods' own torch functions. Knows no method and no recipe.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -48,41 +44,6 @@ class Memory:
 
     def put(self, key: str, array: NDArray[np.generic]) -> None:
         self.arrays[key] = array
-
-
-class Folder:
-    """A store on disk: one copy for all the processes of a machine, mapped and read only.
-
-    An array is written aside and renamed, so that processes that race each other, or are killed
-    midway, leave none that is not whole. Keys must say what an array is a function of, checkpoints
-    by digest.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, key: str) -> NDArray[np.generic] | None:
-        """As in `Store`. What cannot be read counts as not there."""
-        try:
-            found: NDArray[np.generic] = np.load(self._path(key), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
-            return None
-        return found
-
-    def put(self, key: str, array: NDArray[np.generic]) -> None:
-        path = self._path(key)
-        handle, aside = tempfile.mkstemp(suffix=".part", dir=self._folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, array, allow_pickle=False)
-            os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
 
 
 @dataclass(frozen=True)

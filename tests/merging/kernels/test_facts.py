@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge.merging.kernels.facts import Facts, Folder, Memory, Store
+from evomerge.merging.kernels.facts import Facts, Memory, Store
 from evomerge.merging.methods.selection import Quota
+from evomerge.merging.prepared import Prepared
 
 
 @pytest.fixture(params=["memory", "folder"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Memory() if request.param == "memory" else Folder(tmp_path / "facts")
+    return Memory() if request.param == "memory" else Prepared(tmp_path / "facts")
 
 
 def test_what_is_put_is_got(store: Store) -> None:
@@ -29,26 +30,8 @@ def test_what_is_put_is_got(store: Store) -> None:
     assert np.shape(store.get("a")) == (2, 0)
 
 
-def test_a_second_process_finds_what_the_first_put(tmp_path: Path) -> None:
-    Folder(tmp_path).put("a", np.arange(4))
-    found = Folder(tmp_path).get("a")
-    assert found is not None
-    assert found.tolist() == [0, 1, 2, 3]
-    assert not found.flags.writeable
-
-
-def test_half_a_file_counts_as_none(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.put("a", np.arange(1000))
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:500])
-    assert folder.get("a") is None
-    folder.put("a", np.arange(3))
-    assert np.asarray(folder.get("a")).tolist() == [0, 1, 2]
-
-
 def test_who_races_leaves_one_whole_file(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = Prepared(tmp_path)
     threads = [
         threading.Thread(target=folder.put, args=("a", np.full(10_000, i))) for i in range(8)
     ]
@@ -62,7 +45,7 @@ def test_who_races_leaves_one_whole_file(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pickle"):
-        Folder(tmp_path).put("a", np.array([object()]))
+        Prepared(tmp_path).put("a", np.array([object()]))
     assert list(tmp_path.iterdir()) == []
 
 
