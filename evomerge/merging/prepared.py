@@ -64,7 +64,7 @@ class Prepared:
             if not isinstance(error, OSError):
                 raise
             return
-        del self._known[key]  # the next reader maps it, as all others do
+        self._known.pop(key, None)  # the next reader maps it, as all others do
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
