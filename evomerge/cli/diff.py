@@ -92,7 +92,7 @@ def _diff_recipes(a: tuple[str, Recipe], b: tuple[str, Recipe], *, json: bool) -
 
 def _known_tensors(*recipes: Recipe) -> Sequence[str]:
     """The tensors of the first recipe whose models lie on this machine; nothing is downloaded."""
-    from evomerge.merging.difference import open_merge
+    from evomerge.merging.merge import open_merge
 
     for recipe in recipes:
         if all(map(_is_here, [*filter(None, [recipe.base]), *(s.model for s in recipe.sources)])):
@@ -137,7 +137,7 @@ def _diff_models(
 
 
 def _bound(side: Weights | Recipe) -> Model:
-    from evomerge.merging.difference import open_merge
+    from evomerge.merging.merge import open_merge
     from evomerge.merging.recipe import Recipe
 
     return open_merge(side) if isinstance(side, Recipe) else side

@@ -58,17 +58,23 @@ def export_recipe(recipe: Recipe, directory: Path, *, shard_bytes: int | None = 
 
     with byte_bar() as bar:
         task = bar.add_task("merging", total=None)
-        export(
-            recipe,
-            directory,
-            shard_bytes=shard_bytes or SHARD_BYTES,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        try:
+            export(
+                recipe,
+                directory,
+                shard_bytes=shard_bytes or SHARD_BYTES,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            typer.echo("evomerge: interrupted; the same command goes on after the last whole file", err=True)
+            raise typer.Exit(130) from None
     typer.echo(f"wrote {directory}", err=True)
 
 
 def _show_plan(recipe: Recipe, shard_bytes: int, *, json: bool) -> None:
-    from evomerge.merging.export import cut, open_merge
+    from evomerge.merging.export import cut
+    from evomerge.merging.merge import open_merge
     from evomerge.merging.plan import plan
 
     merge = open_merge(recipe)

@@ -14,15 +14,13 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.adapted import open_models
 from evomerge.checkpoints.checkpoint import Progress, companions, settled
-from evomerge.checkpoints.compare import compare, token_ids
+from evomerge.checkpoints.compare import token_ids
 from evomerge.checkpoints.distance import Distance, Interference, distance, interference
 from evomerge.checkpoints.weights import Weights
-from evomerge.errors import CandidateError, CheckpointError, MergeError, SpecError
+from evomerge.errors import CandidateError, CheckpointError, MergeError
 from evomerge.merging.layout import TENSOR_TYPES, Place, TensorType, layout
 from evomerge.merging.merge import Merge
-from evomerge.merging.recipe import Recipe
 
 Model: TypeAlias = Weights | Merge
 _T = TypeVar("_T")
@@ -131,15 +129,6 @@ class Difference:
         return [t for t in self.tensors if t.distance.non_finite_a or t.distance.non_finite_b]
 
 
-def open_merge(recipe: Recipe) -> Merge:
-    """A recipe bound to its checkpoints. Raises SpecError with every reason why they do not fit."""
-    models = [*([recipe.base] if recipe.base else []), *(s.model for s in recipe.sources)]
-    merge = Merge(recipe, open_models(model.path for model in models))
-    if problems := compare(merge.anchor, merge.sources):
-        raise SpecError("recipe", problems)
-    return merge
-
-
 def difference(
     a: Model, b: Model, *, base: Weights | None = None, progress: Progress | None = None
 ) -> Difference:
@@ -173,12 +162,12 @@ def statements(a: Model, b: Model) -> Statements:
     common = _common(first, second)
     shapes = {name: (_shape(a, name), _shape(b, name)) for name in common}
     dtypes = {name: (_dtype(a, name), _dtype(b, name)) for name in common}
-    raw = not first.config or not second.config
-    ours, theirs = ({}, {}) if raw else (token_ids(first), token_ids(second))
+    raw = not a.config or not b.config
+    ours, theirs = ({}, {}) if raw else (_token_ids(a), _token_ids(b))
     if not ours or not theirs:
         ours = theirs = {}
     return Statements(
-        config={} if raw else _differing(first.config, second.config),
+        config={} if raw else _differing(a.config, b.config),
         files={} if raw else dict(_companions(first, second)),
         tokens_only_a=tuple(sorted(ours.keys() - theirs.keys(), key=ours.__getitem__)),
         tokens_only_b=tuple(sorted(theirs.keys() - ours.keys(), key=theirs.__getitem__)),
@@ -188,6 +177,10 @@ def statements(a: Model, b: Model) -> Statements:
         shapes={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
         dtypes={name: pair for name, pair in dtypes.items() if pair[0] != pair[1]},
     )
+
+
+def _token_ids(model: Model) -> Mapping[str, int]:
+    return model.token_ids if isinstance(model, Merge) else token_ids(model)
 
 
 def files_of(model: Model) -> Weights:

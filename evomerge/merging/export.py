@@ -11,27 +11,23 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 import evomerge
-from evomerge.checkpoints.adapted import open_models
 from evomerge.checkpoints.chat_templates import chat_template, write_chat_template
-from evomerge.checkpoints.compare import compare
 from evomerge.checkpoints.files import INDEX, WEIGHTS
 from evomerge.checkpoints.tokenizer_files import GENERATION, write_json
 from evomerge.checkpoints.tokenizer_writer import (
-    output_config,
     output_generation_config,
     write_tokenizer,
 )
 from evomerge.checkpoints.weights import Model
 from evomerge.checkpoints.writer import Entry, header, in_order, write_file
-from evomerge.errors import CandidateError, ExportError, MergeError, SpecError
+from evomerge.errors import CandidateError, ExportError, MergeError
 from evomerge.merging.aside import Aside, flush, written_aside
 from evomerge.merging.inspection import Inspection
-from evomerge.merging.merge import Merge
+from evomerge.merging.merge import Merge, open_merge
 from evomerge.merging.model_card import model_card
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.stream import merged_tensors
@@ -95,20 +91,6 @@ def export(
         known = inspection.known()
         _write_companions(merge, known, aside.folder)
     return known
-
-
-def open_merge(recipe: Recipe) -> Merge:
-    """A recipe with its models opened. Raises SpecError with every reason why they do not fit."""
-    merge = Merge(recipe, open_models(model.path for model in recipe.models))
-    problems = compare(
-        merge.anchor,
-        merge.sources,
-        partial=bool(recipe.slices),
-        aligned=recipe.tokenizer is not None,
-    )
-    if problems:
-        raise SpecError("recipe", problems)
-    return merge
 
 
 def _refuse_existing(directory: Path) -> None:
@@ -220,24 +202,12 @@ def _companions(donor: Model) -> list[Path]:
 
 def _write_companions(merge: Merge, recipe: Recipe, folder: Path) -> None:
     """Config, tokenizer, model card and recipe."""
-    if merge.anchor.config:  # a raw state dict has none
-        _write_text(folder / CONFIG, json.dumps(_config(merge), indent=2))
+    if merge.config:  # a raw state dict has none
+        _write_text(folder / CONFIG, json.dumps(merge.config, indent=2))
     _write_text(folder / RECIPE_FILE, json.dumps(recipe.to_json(), indent=2))
     _write_text(folder / "README.md", model_card(recipe))
     for path in _write_tokenizer(merge, folder):
         flush(path)
-
-
-def _config(merge: Merge) -> dict[str, Any]:
-    config = dict(merge.anchor.config)
-    if merge.vocabulary is not None:
-        before, after = merge.donor.config, output_config(merge.vocabulary, merge.members)
-        gone = before.keys() - after.keys()
-        changed = {key: value for key, value in after.items() if before.get(key) != value}
-        config = {key: value for key, value in config.items() if key not in gone} | changed
-    if merge.recipe.dtype is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = merge.recipe.dtype
-    return config
 
 
 def _write_tokenizer(merge: Merge, folder: Path) -> list[Path]:

@@ -9,13 +9,17 @@ import json
 import math
 import re
 from collections.abc import Hashable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.adapted import open_models
 from evomerge.checkpoints.aligned import Aligned
 from evomerge.checkpoints.chat_templates import check_chat_template
+from evomerge.checkpoints.compare import compare, token_ids
+from evomerge.checkpoints.tokenizer_writer import output_config
 from evomerge.checkpoints.vocabulary import Vocabulary, plan_vocabulary
 from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError, ShapeMismatch, SpecError
@@ -117,6 +121,26 @@ class Merge:
         out = torch.empty(self.shape(name), dtype=self.dtype(name))
         self.write(name, out.view(-1))
         return out
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The merged model's config: the donor's with depth, vocabulary and dtype of the result."""
+        config = dict(self.anchor.config)
+        if not config:
+            return config
+        if self.vocabulary is not None:
+            before, after = self.donor.config, output_config(self.vocabulary, self.members)
+            gone = before.keys() - after.keys()
+            changed = {key: value for key, value in after.items() if before.get(key) != value}
+            config = {key: value for key, value in config.items() if key not in gone} | changed
+        if self.recipe.dtype is not None:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = self.recipe.dtype
+        return config
+
+    @property
+    def token_ids(self) -> Mapping[str, int]:
+        """The id of every token of the merged model; empty if the donor has no tokenizer."""
+        return token_ids(self.donor) if self.vocabulary is None else self.vocabulary.ids
 
     def nbytes(self, name: str) -> int:
         """Size of a merged tensor."""
@@ -231,6 +255,20 @@ class Merge:
         _, own = _origin(view, name)
         seen = self.recipe.tokenizer.to_json() if self.recipe.tokenizer else None
         return json.dumps([model.identity, own, seen])
+
+
+def open_merge(recipe: Recipe) -> Merge:
+    """A recipe with its models opened. Raises SpecError with every reason why they do not fit."""
+    merge = Merge(recipe, open_models(model.path for model in recipe.models))
+    problems = compare(
+        merge.anchor,
+        merge.sources,
+        partial=bool(recipe.slices),
+        aligned=recipe.tokenizer is not None,
+    )
+    if problems:
+        raise SpecError("recipe", problems)
+    return merge
 
 
 def _problems(recipe: Recipe) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 import small_llama
 from safetensors.torch import load_file
 
-from evomerge.merging.export import cut, export, open_merge
+from evomerge.merging.export import cut, export
+from evomerge.merging.merge import open_merge
 from evomerge.merging.plan import Plan, plan
 from evomerge.merging.recipe import Group, ModelRef, Recipe, Source
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import EvomergeError, SpecError
-from evomerge.merging.export import export, open_merge
+from evomerge.merging.export import export
+from evomerge.merging.merge import open_merge
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.merging.recipe_file import load_recipe
 from evomerge.tokenizer_choice import TokenizerChoice
