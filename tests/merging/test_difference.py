@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CheckpointError, MergeError, SpecError
-from evomerge.merging.difference import ABSENT, Difference, Group, difference, open_merge
+from evomerge.merging.difference import ABSENT, Difference, Group, difference
 from evomerge.merging.export import export
 from evomerge.merging.layout import layer_of, tensor_type
+from evomerge.merging.merge import open_merge
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 
 UP = "model.layers.1.mlp.up_proj.weight"
