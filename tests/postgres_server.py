@@ -85,6 +85,9 @@ class Postgres(ForeignPostgres):
             self._popen.wait()
             self._popen = None
 
+    def drop(self, name: str) -> None:
+        """Nothing: it takes a second, and all of them go with the server."""
+
     def close(self) -> None:
         """Stop it and remove everything."""
         self.stop()

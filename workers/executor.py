@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,10 @@ class RayExecutor:
             if answer in pending:
                 self._settle(pending[answer])
         return [self._collect(result) for result in ready if result in self._running]
+
+    def alive(self) -> Collection[str]:
+        """See Executor.alive. An actor says nothing before it is done."""
+        return ()
 
     def close(self, *, now: bool) -> None:
         """See Executor.close."""

@@ -6,7 +6,7 @@ retries, since attempts and their leases are the controller's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,6 +77,10 @@ class Executor(Protocol):
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """Events since the last call; waits up to `timeout_s` seconds for the first one."""
+
+    def alive(self) -> Collection[str]:
+        """Tokens of jobs whose worker got on with its work since the last call. Their leases start
+        anew; an executor that cannot tell returns none, and a lease is then a job's time limit."""
 
     def close(self, *, now: bool) -> None:
         """End the workers: after their current job, or at once with `now`."""

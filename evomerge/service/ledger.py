@@ -7,12 +7,13 @@ back after each trial.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from evomerge.store.base import StudyRecord, StudyStore
+from evomerge.service.liveness import Leases
+from evomerge.store.base import Refusal, StudyRecord, StudyStore
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
 
 Clock = Callable[[], datetime]
@@ -36,6 +37,7 @@ class Ledger:
         self._clock = clock
         self._trials = {t.number: t for t in store.trials(record.name, outcomes=False)}
         self._live: dict[str, Attempt] = {}
+        self._leases = Leases(clock)
 
     @property
     def trials(self) -> list[Trial]:
@@ -81,6 +83,7 @@ class Ledger:
             controller=self._controller,
         )
         self._live[attempt.token] = attempt
+        self._leases.start(attempt.token, lease_s)
         if part == "search":
             self._change(number, state=State.RUNNING)
         return attempt
@@ -94,7 +97,7 @@ class Ledger:
         worker: str,
         seconds: Mapping[str, float],
     ) -> Trial:
-        """Accept a result. Raises StaleAttempt for a token that is not live."""
+        """Accept the result of a live attempt."""
         now = self._clock()
         self._store.finish(
             self._study,
@@ -161,14 +164,31 @@ class Ledger:
         until = self._clock() + timedelta(seconds=lease_s)
         self._store.renew(self._study, self._controller, lease_until=until)
 
+    def refuse(self, token: str) -> Refusal | None:
+        """Count a result for an attempt that is not live; why it is refused."""
+        return self._store.refuse(self._study, token, controller=self._controller)
+
+    def seen_alive(self, tokens: Collection[str], lease_s: float) -> None:
+        """Start the leases of these attempts anew: their workers gave a sign of life.
+
+        The store hears of it once a third of a lease is spent, of all that are due at once.
+        """
+        due = self._leases.renew(self._live.keys() & set(tokens), lease_s)
+        if not due:
+            return
+        until = self._clock() + timedelta(seconds=lease_s)
+        self._store.renew_attempts(self._study, due, lease_until=until, controller=self._controller)
+        for token in due:
+            self._live[token] = replace(self._live[token], lease_until=until)
+
     def lapsed(self) -> list[Attempt]:
         """Live attempts whose lease has run out."""
-        now = self._clock()
-        return [attempt for attempt in self._live.values() if attempt.lease_until < now]
+        return [self._live[token] for token in self._leases.lapsed()]
 
     def _close(self, token: str, **changes: Any) -> Attempt:
         """Put a live attempt, as it ended, among its trial's attempts in the order of starts."""
         attempt = replace(self._live.pop(token), **changes)
+        self._leases.end(token)
         attempts = [*self._trials[attempt.trial].attempts, attempt]
         self._change(attempt.trial, attempts=tuple(attempts))
         return attempt

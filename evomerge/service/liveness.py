@@ -1,4 +1,4 @@
-"""Whether a recorded controller still runs: process ids of this host, leases elsewhere.
+"""Who is still at work: controllers by process id and lease, attempts by their leases.
 
 Knows nothing of studies or stores.
 """
@@ -7,10 +7,71 @@ from __future__ import annotations
 
 import os
 import socket
-from datetime import datetime
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from evomerge.store.base import Controller
+
+_STEPS = 4
+
+
+@dataclass
+class _Lease:
+    length: timedelta
+    left: timedelta
+    recorded: timedelta  # what is left of it as the store has it
+
+
+class Leases:
+    """How much is left of each attempt's lease, by a clock that may jump.
+
+    The time between two looks at the clock counts for nothing where it went backwards, and for a
+    quarter of a lease at most: so neither a clock that is set nor a controller that was stopped
+    for a while (suspended, waiting for its database) makes an attempt look lost.
+    """
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._seen = clock()
+        self._leases: dict[str, _Lease] = {}
+
+    def start(self, token: str, lease_s: float) -> None:
+        """A lease begins."""
+        self._look()
+        length = timedelta(seconds=lease_s)
+        self._leases[token] = _Lease(length, length, length)
+
+    def renew(self, tokens: Iterable[str], lease_s: float) -> list[str]:
+        """These leases begin anew; those of them that are due to be recorded: a third is spent."""
+        self._look()
+        length, due = timedelta(seconds=lease_s), []
+        for token in tokens:
+            lease = self._leases[token]
+            lease.length = lease.left = length
+            if lease.recorded < length * 2 / 3:
+                lease.recorded = length
+                due.append(token)
+        return due
+
+    def end(self, token: str) -> None:
+        """A lease is over."""
+        del self._leases[token]
+
+    def lapsed(self) -> list[str]:
+        """Whose lease has run out."""
+        self._look()
+        return [token for token, lease in self._leases.items() if lease.left < timedelta(0)]
+
+    def _look(self) -> None:
+        now = self._clock()
+        passed = max(now - self._seen, timedelta(0))
+        self._seen = now
+        for lease in self._leases.values():
+            step = min(passed, lease.length / _STEPS)
+            lease.left -= step
+            lease.recorded -= step
 
 
 def is_running(holder: Controller, now: datetime) -> bool:

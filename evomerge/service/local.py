@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -49,6 +49,7 @@ class LocalExecutor:
         self._selector = selectors.DefaultSelector()
         self._setup: Setup | None = None
         self._lost: list[Event] = []
+        self._alive: set[str] = set()
 
     def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         """See Executor.inspect."""
@@ -94,6 +95,11 @@ class LocalExecutor:
         events += self._lost
         self._lost = []
         return events
+
+    def alive(self) -> Collection[str]:
+        """See Executor.alive."""
+        tokens, self._alive = self._alive, set()
+        return tokens
 
     def close(self, *, now: bool) -> None:
         """See Executor.close."""
@@ -148,6 +154,8 @@ class LocalExecutor:
     def _note(self, process: _Process, answer: dict[str, Any]) -> dict[str, Any]:
         if "ready" in answer:
             process.name = answer["ready"]
+        elif "alive" in answer:
+            self._alive.add(answer["alive"])
         elif "token" in answer:
             process.job = None
         return answer

@@ -13,12 +13,36 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from evomerge.service.wire import answer_inspection
 from evomerge.service.worker import Worker
 
 _PR_SET_PDEATHSIG = 1
+_SIGN_EVERY_S = 5.0
+
+
+class Signs:
+    """Signs of life of the job under way, one every few seconds at most."""
+
+    def __init__(
+        self,
+        answer: Callable[[dict[str, Any]], None],
+        *,
+        time_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._answer = answer
+        self._time_s = time_s
+        self._last_s = time_s()
+        self.token = ""
+
+    def __call__(self) -> None:
+        now_s = self._time_s()
+        if now_s - self._last_s >= _SIGN_EVERY_S:
+            self._last_s = now_s
+            self._answer({"alive": self.token})
 
 
 def main() -> None:
@@ -28,7 +52,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    worker = Worker()
+    signs = Signs(lambda sign: _answer(answers, sign))
+    worker = Worker(beat=signs)
     _answer(answers, {"ready": worker.name})
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
@@ -37,6 +62,7 @@ def main() -> None:
         elif "inspect" in request:
             _answer(answers, answer_inspection(worker.inspect, request["inspect"]))
         else:
+            signs.token = request["run"]["token"]
             _answer(answers, worker.run(**request["run"]))
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import NonFiniteModel
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class Worker:
     """Scores recipes on one device. The model is loaded at the first job and stays."""
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(self, name: str | None = None, *, beat: Callable[[], None] = lambda: None) -> None:
+        """`beat` is called whenever a job gets on: after every forward pass, and often."""
+        self._beat = beat
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self._spec: StudySpec | None = None
         self._places: dict[str, str] = {}
@@ -62,8 +64,10 @@ class Worker:
         started = time.perf_counter()
         materialiser, scorer = self._loaded()
         loaded = time.perf_counter()
+        self._beat()
         materialiser.write(recipe.located(self._places))
         written = time.perf_counter()
+        self._beat()
         score = scorer.score(part)
         seconds["load"] = loaded - started
         seconds["materialise"] = written - loaded
@@ -90,6 +94,7 @@ class Worker:
         device = device_of(spec.evaluation.device)
         models = open_models((spec.base, *spec.sources.values()))
         model, tokenizer = load_model(models[spec.base], self._dtype, device)
+        model.register_forward_hook(lambda *_: self._beat())
         scorer = ResidentScorer(model, tokenizer, spec.objective, spec.evaluation)
         return Materialiser(model, models, store=Prepared(cache_folder())), scorer
 

@@ -53,7 +53,9 @@ class StudyStore(Protocol):
     A study is named in every call. Every method raises StudyNotFound for an unknown study and
     ValueError for an unknown trial number. A write under a controller token that is no longer the
     study's raises StudyBusy and changes nothing; so a released study is written by nobody, while a
-    lease that lapsed unnoticed still holds until another controller takes over.
+    lease that lapsed unnoticed still holds until another controller takes over. A write to a study
+    that was put back to an earlier state since this store last wrote it raises StoreError and
+    changes nothing, until it is acquired anew.
 
     Every float comes back bit for bit, in genomes, values and outcomes, -0.0 and subnormals too.
     A text comes back with what no database keeps (NUL, half a surrogate pair) replaced by U+FFFD.

@@ -22,17 +22,18 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from evomerge.errors import StoreError
+from evomerge.errors import StoreError, StoreUnreachable
 from evomerge.store import IN_MEMORY
-from evomerge.store.engine import LOCK_WAIT_S, make_engine, transaction
+from evomerge.store.engine import LOCK_WAIT_S, CommitUnknown, make_engine, transaction
 from evomerge.trial import State, Trial
 
 KEY = "evomerge_number"
 MAX_PARAMETERS = 30  # the dashboard's answer grows with each: 300 of them make it 22 MB
 _KNOWN_SCHEMA = "v3.2.0.a"
 _TABLES = ("studies", "trials", "trial_values", "trial_params", "trial_user_attributes")
+_OPTUNAS_OWN = (OperationalError, optuna.exceptions.StorageInternalError)
 _UNIT = FloatDistribution(0.0, 1.0)
 _STATES = {
     State.COMPLETE: TrialState.COMPLETE,
@@ -85,7 +86,7 @@ class OptunaMirror:
             found = sa.MetaData()
             found.reflect(self._engine, only=_TABLES)
             self._tables = {name: found.tables[name] for name in _TABLES}
-        self._done = self._mirrored()
+        self._done: set[int] | None = self._mirrored()
 
     def close(self) -> None:
         """Let go of connections."""
@@ -94,8 +95,19 @@ class OptunaMirror:
         self._storage.engine.dispose()
 
     def sync(self, trials: Iterable[Trial]) -> int:
-        """Add the finished trials that the mirror lacks; returns how many. Raises StoreError."""
-        missing = [t for t in trials if t.state.finished and t.number not in self._done]
+        """Add the finished trials that the mirror lacks; returns how many. Raises StoreError.
+
+        Where the connection breaks nothing is raised: the next call adds what is missing then.
+        """
+        try:
+            if self._done is None:
+                self._done = self._mirrored()
+            return self._add([t for t in trials if t.state.finished and t.number not in self._done])
+        except (StoreUnreachable, CommitUnknown, *_OPTUNAS_OWN):
+            self._done = None  # what came through is to be seen
+            return 0
+
+    def _add(self, missing: list[Trial]) -> int:
         if not missing:
             return 0
         templates = [self._template(trial) for trial in missing]
@@ -105,6 +117,7 @@ class OptunaMirror:
         else:
             with transaction(self._engine, write=True) as connection:
                 _insert(connection, self._tables, self._study_id, templates)
+        assert self._done is not None
         self._done |= {trial.number for trial in missing}
         return len(missing)
 

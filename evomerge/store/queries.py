@@ -121,11 +121,19 @@ def close_attempt(
     return row[0], row[1]
 
 
-def leave_mark(connection: sa.Connection, study_id: int, mark: str) -> None:
-    """Record which write to the study was the last."""
+def leave_mark(connection: sa.Connection, study_id: int, mark: str, last: str | None) -> bool:
+    """Record which write to the study was the last; False if the one before was not `last`.
+
+    With None for `last` any will do.
+    """
     update = marks.update().where(marks.c.study_id == study_id).values(mark=mark)
-    if connection.execute(update).rowcount == 0:
+    if last is not None:
+        update = update.where(marks.c.mark == last)
+    if connection.execute(update).rowcount:
+        return True
+    if last is None:
         connection.execute(marks.insert(), {"study_id": study_id, "mark": mark})
+    return last is None
 
 
 def count_refusal(connection: sa.Connection, study_id: int, kind: Refusal) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 
-from evomerge.errors import StaleAttempt, StudyBusy, StudyChanged, StudyNotFound
+from evomerge.errors import StaleAttempt, StoreError, StudyBusy, StudyChanged, StudyNotFound
 from evomerge.store.base import Controller, Refusal
 from evomerge.trial import Failure, Part, Score, State, TaskScore
 
@@ -45,6 +45,14 @@ def check_fence(study: str, recorded: str | None, token: str) -> None:
     if recorded != token:
         what = "gave it up" if recorded is None else "another process has taken it over"
         raise StudyBusy(f"this process no longer runs study {study!r}: {what}")
+
+
+def not_as_left(study: str) -> StoreError:
+    """A study is written that was put back, or edited, since this process last wrote it."""
+    return StoreError(
+        f"study {study!r} is not as this process left it; if the store was restored from a backup, "
+        "run the same command again: the study goes on from what is there"
+    )
 
 
 def no_trial(study: str, number: int) -> ValueError:

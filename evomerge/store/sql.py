@@ -1,17 +1,21 @@
 """The study store in an SQL database: SQLite on one machine, PostgreSQL for several.
 
 Each write opens one transaction and first locks and reads the study's row: there the controller's
-token is compared, and there all writes to one study queue up. Where the database is a server, each
-write also leaves a mark of its own, so that after a broken connection it is known whether its
-commit came through; every method rides out a server that restarts. Knows nothing of connections'
+token is compared, and there all writes to one study queue up. Last it leaves a mark of its own: so
+it is known after a broken connection whether the commit came through, and noticed when a study was
+put back to a backup under a live controller. Every method rides out a server that restarts. Knows
+nothing of connections'
 settings (`engine`), of the schema's history (`migrations`) or of Optuna (`mirror`).
 """
 
 from __future__ import annotations
 
+import threading
 import uuid
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -66,6 +70,7 @@ class SqlStore:
         self, url: str, *, lock_wait_s: float = LOCK_WAIT_S, reconnect_s: float = RECONNECT_S
     ) -> None:
         self.reconnect_s = reconnect_s
+        self._last: dict[str, _Last] = defaultdict(_Last)
         self.engine = make_engine(url, lock_wait_s=lock_wait_s)
         prepare(self.engine)
 
@@ -121,7 +126,7 @@ class SqlStore:
     def acquire(
         self, study: str, controller: Controller, *, now: datetime, force: bool = False
     ) -> None:
-        with self._locking(study) as (connection, study_id, _):
+        with self._locking(study, anew=True) as (connection, study_id, _):
             if not force:
                 rules.check_free(study, holder(connection, study_id), controller.token, now)
             set_study(connection, study_id, controller_columns(controller))
@@ -346,25 +351,31 @@ class SqlStore:
             yield connection, study_id
 
     @contextmanager
-    def _locking(self, study: str) -> Iterator[tuple[sa.Connection, int, str | None]]:
+    def _locking(
+        self, study: str, *, anew: bool = False
+    ) -> Iterator[tuple[sa.Connection, int, str | None]]:
         """A transaction that holds the study's row: its id and its controller's token.
 
+        Raises StoreError if the study is not as this store's last write left it, unless `anew`.
         Where the connection breaks in the commit, whether that came through decides between a
         quiet end and StoreUnreachable.
         """
         mark = uuid.uuid4().hex
         query = sa.select(studies.c.id, studies.c.controller_token).where(studies.c.name == study)
-        try:
-            with transaction(self.engine, write=True) as connection:
-                row = connection.execute(query.with_for_update()).first()
-                if row is None:
-                    raise rules.study_not_found(study)
-                yield connection, row[0], row[1]
-                if self.engine.dialect.name != "sqlite":
-                    leave_mark(connection, row[0], mark)
-        except CommitUnknown as error:
-            if not self._has_mark(study, mark):
-                raise StoreUnreachable(str(error)) from error
+        with self._last[study].lock:
+            try:
+                with transaction(self.engine, write=True) as connection:
+                    row = connection.execute(query.with_for_update()).first()
+                    if row is None:
+                        raise rules.study_not_found(study)
+                    yield connection, row[0], row[1]
+                    last = None if anew else self._last[study].mark
+                    if not leave_mark(connection, row[0], mark, last):
+                        raise rules.not_as_left(study)
+            except CommitUnknown as error:
+                if not self._has_mark(study, mark):
+                    raise StoreUnreachable(str(error)) from error
+            self._last[study].mark = mark
 
     @reconnecting
     def _has_mark(self, study: str, mark: str) -> bool:
@@ -377,6 +388,14 @@ class SqlStore:
                 return connection.execute(last).scalar() == mark
         except CommitUnknown as error:  # of a transaction that wrote nothing
             raise StoreUnreachable(str(error)) from error
+
+
+@dataclass
+class _Last:
+    """This store's last write to a study, and who may write the next."""
+
+    mark: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _TRIALS = trials  # a method's parameter has the table's name

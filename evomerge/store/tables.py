@@ -156,7 +156,8 @@ refusals = sa.Table(
     sa.Column("count", sa.Integer, nullable=False),
 )
 
-# the last write to a study: where a connection is lost in a commit, whether that came through
+# the last write to a study: whether a commit came through whose connection broke, and whether the
+# study is still as its controller left it
 marks = sa.Table(
     "evomerge_marks",
     metadata,

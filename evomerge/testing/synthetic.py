@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,10 @@ class SyntheticExecutor:
             self._jobs.append(job)
             return []
         return [self._event(job, failure)]
+
+    def alive(self) -> Collection[str]:
+        """See Executor.alive."""
+        return ()
 
     def close(self, *, now: bool) -> None:
         """See Executor.close."""

@@ -17,6 +17,7 @@ import optuna
 import pytest
 import sqlalchemy as sa
 from optuna.trial import FrozenTrial
+from postgres_server import Postgres
 
 from evomerge.errors import StoreError
 from evomerge.store import open_store
@@ -28,8 +29,11 @@ fork = multiprocessing.get_context("fork")
 GENES = ("scale.math", "scale.code")
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgresql":
+        found: str = request.getfixturevalue("empty_postgres_url")
+        return found
     return f"sqlite:///{tmp_path}/store.db"
 
 
@@ -209,3 +213,20 @@ def test_kill_9_at_any_commit_of_the_mirror_is_made_good(tmp_path: Path) -> None
         if child.exitcode == 0:
             break
     assert nth > 5
+
+
+def test_a_mirror_whose_server_is_away_lags_and_catches_up(
+    own_postgres: Postgres, empty_postgres_url: str
+) -> None:
+    study = StudyUnderTest(open_store(empty_postgres_url))
+    study.start()
+    study.finish()
+    trials = study.store.trials("s")
+    shown = mirror(empty_postgres_url)
+    own_postgres.stop()
+    try:
+        assert shown.sync(trials) == 0
+    finally:
+        own_postgres.start()
+    assert shown.sync(trials) == 1
+    assert len(loaded(empty_postgres_url)) == 1
