@@ -1,6 +1,6 @@
 """A `Program` carried out on the CPU in one fused pass over the operands as they are stored.
 
-Gives the bits of the methods' own torch functions. Imports numba only to run a kernel. Knows no
+Gives the bits of the methods' own torch functions. Imports LLVM only to run a kernel. Knows no
 method, no checkpoint and no live model.
 """
 
@@ -10,26 +10,27 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.merging.kernels.program import Election, Program, Row
 from evomerge.merging.methods.election import tie_sign
-from evomerge.merging.methods.selection import KEEP_ALL, KEEP_NONE
+from evomerge.merging.methods.selection import KEEP_ALL, KEEP_NONE, Cut
 
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_NO_WRITE = -1
-_AGGREGATES = {"mean": 0, "sum": 1, "max": 2}
-_PROBE = 1 << 16
-"""Elements by which the balance of a tensor is guessed."""
+_MANY = 1 << 62
+_NEVER = 1 << 32  # no draw is as large
+_NO_WEIGHT = np.float32(1e-8)
 
 
 @cache
 def available() -> bool:
-    """Whether numba is installed."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether LLVM is installed."""
+    return importlib.util.find_spec("llvmlite") is not None
 
 
 def can_read(*tensors: Tensor | None) -> bool:
@@ -46,7 +47,7 @@ def run(program: Program, base: Tensor | None, sources: Sequence[Tensor], out: T
 
     Shapes: base [n] (None where the program does not read it), sources s times [n], out [n]: what
     `can_read` accepts. `out` is rounded once, to nearest even. A tie whose sign is not known is
-    guessed; the pass is run again if votes tied and the guess was wrong.
+    taken for positive; where votes tied and that was wrong, it is done again.
     """
     if not out.numel():
         return True
@@ -55,19 +56,17 @@ def run(program: Program, base: Tensor | None, sources: Sequence[Tensor], out: T
         out.zero_()
         return True
     election = program.election
-    if election is None or election.rule is None:
-        return _pass(program, base, sources, out)[0]
-    _, (leaning, tied) = _pass(program, base, sources, out, stop=_PROBE, write=False, counting=True)
-    guess = tie_sign(election.rule, leaning)
-    guessed = _settled(program, election, guess)
-    finite, (total, ties) = _pass(guessed, base, sources, out, counting=tied > 0)
-    if finite and ties:
-        if not tied:  # the probe met none, so the balance was not counted
-            assert base is not None
-            total = balance(program, base, sources)
-        right = tie_sign(election.rule, total)
-        if right != guess:
-            finite, _ = _pass(_settled(program, election, right), base, sources, out)
+    rule = election.rule if election else None
+    if rule is None:
+        return _Pass(program, base, sources, out).over(0, out.numel())
+    guess = _settled(program, 1)
+    first = _Pass(guess, base, sources, out, counting=True)
+    finite = first.over(0, out.numel())
+    right = tie_sign(rule, first.balance)
+    if right != 1 and finite:
+        again = _Pass(_settled(program, right), base, sources, out)
+        for begin, end in first.tied():
+            finite = again.over(begin, end) and finite
     return finite
 
 
@@ -75,12 +74,14 @@ def balance(program: Program, base: Tensor, sources: Sequence[Tensor]) -> int:
     """Σⱼ sign(Σᵢ vᵢⱼ) of an election's votes. Shapes as in `run`."""
     if not program.rows or not base.numel():
         return 0
-    _, (total, _) = _pass(program, base, sources, base, write=False, counting=True)
-    return total
+    votes = _Pass(_settled(program, 1), base, sources, None, counting=True)
+    votes.over(0, base.numel())
+    return votes.balance
 
 
-def _settled(program: Program, election: Election, tie: int) -> Program:
-    return replace(program, election=replace(election, tie=tie))
+def _settled(program: Program, tie: int) -> Program:
+    assert program.election is not None
+    return replace(program, election=replace(program.election, tie=tie))
 
 
 def _as_sum(
@@ -95,53 +96,171 @@ def _as_sum(
     return Program((Row(0, 1.0),), "zero"), None, (copied,)
 
 
-def _pass(
+class _Pass:
+    """A program over a tensor: what is compiled for it, and its table of numbers.
+
+    With `counting` the balance of the votes is counted, and where they tied. Parts must be asked
+    for in ascending order, as rows count what equals their cuts.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        base: Tensor | None,
+        sources: Sequence[Tensor],
+        out: Tensor | None,
+        *,
+        counting: bool = False,
+    ) -> None:
+        from evomerge.merging.kernels import fused
+
+        self._fused = fused
+        self._rows = program.rows
+        self._read = [sources[row.source] for row in program.rows]
+        self._base = base if program.origin == "base" else None
+        self._out = out
+        self._size = len(self._read[0])
+        self._shape = _shape(program, self._read, self._base, out, counting=counting)
+        self._flags = np.zeros(-(-self._size // fused.PIECE) if counting else 0, np.uint8)
+        self._table = self._numbers(program.election)
+
+    def over(self, begin: int, end: int) -> bool:
+        """Merges the elements [begin, end); whether all is finite so far."""
+        turns = sorted({p for row in self._rows for p in _turns(row) if begin < p < end})
+        for start, stop in zip([begin, *turns], [*turns, end], strict=True):
+            self._place(start)
+            self._between(start, stop)
+        return not self._table[self._fused.BAD]
+
+    @property
+    def balance(self) -> int:
+        """Σ sign of the votes so far."""
+        return int(self._table[self._fused.BALANCE])
+
+    def tied(self) -> list[tuple[int, int]]:
+        """The pieces in which votes tied, as runs of elements."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], self._flags, [0]]).astype(np.int8)))
+        runs = np.minimum(edges * self._fused.PIECE, self._size).reshape(-1, 2)
+        return [(int(begin), int(end)) for begin, end in runs]
+
+    def _between(self, begin: int, end: int) -> None:
+        while begin < end:
+            reached = self._called(begin, end)
+            if reached < end:  # a row's equals run out in this piece
+                piece = self._fused.PIECE
+                last = self._last(reached, min((reached // piece + 1) * piece, end))
+                self._called(reached, last + 1)
+                reached = last + 1
+            begin = reached
+
+    def _called(self, begin: int, end: int) -> int:
+        shape = self._shape
+        if self._open():
+            shape = replace(shape, counts=True)
+        return self._fused.compiled(shape)(self._table.ctypes.data, begin, end)
+
+    def _open(self) -> list[int]:
+        """The rows that count."""
+        left = self._table[self._fused.slot(0, self._fused.LEFT) :: 8]
+        return [r for r, count in enumerate(left.tolist()) if 0 < count < _MANY]
+
+    def _last(self, begin: int, end: int) -> int:
+        """The first element of a piece with which a row has kept all the equals it may."""
+        found = [self._last_of(r, begin, end) for r in self._open()]
+        return min(found)
+
+    def _last_of(self, r: int, begin: int, end: int) -> int:
+        x = self._read[r][begin:end].float()
+        if self._base is not None:
+            x -= self._base[begin:end].float()
+        row = self._fused.slot(r, 0)
+        pattern, left = self._table[row + self._fused.PATTERN], self._table[row + self._fused.LEFT]
+        places = (x.abs_().view(torch.int32) == int(pattern)).nonzero()
+        return begin + int(places[left - 1]) if left <= len(places) else end - 1
+
+    def _place(self, begin: int) -> None:
+        """What rows whose cuts are located keep from here on."""
+        for r, row in enumerate(self._rows):
+            at = self._fused.slot(r, 0)
+            if row.cut is not None and not _counted(row.cut):
+                self._table[at + self._fused.LEFT] = _MANY if row.cut.last >= begin else 0
+            if row.top is not None:
+                upto = row.top.pattern - (row.top.last >= begin)
+                self._table[at + self._fused.UPTO] = upto
+
+    def _numbers(self, election: Election | None) -> NDArray[np.int64]:
+        fused, out = self._fused, self._out
+        table = np.zeros(fused.slot(len(self._rows), 0), np.int64)
+        real = table.view(np.float32)[::2]  # the low half of a word
+        table[fused.BASE] = 0 if self._base is None else self._base.data_ptr()
+        table[fused.OUT] = 0 if out is None else out.data_ptr()
+        table[fused.TIED] = self._flags.ctypes.data
+        if election is not None:
+            real[fused.SCALE], real[fused.TIE] = election.scale, election.tie
+        for r, (row, tensor) in enumerate(zip(self._rows, self._read, strict=True)):
+            at = fused.slot(r, 0)
+            cut, top = row.cut or KEEP_ALL, row.top or KEEP_NONE
+            table[at + fused.SOURCE] = tensor.data_ptr()
+            real[at + fused.FACTOR], real[at + fused.WEIGHT] = _factor(row), row.weight
+            table[at + fused.PATTERN], table[at + fused.UPTO] = cut.pattern, top.pattern
+            table[at + fused.LEFT] = cut.equal if _counted(cut) else 0
+            if row.draw is not None:
+                table[at + fused.KEY] = row.draw.key
+                table[at + fused.LEAST] = row.draw.threshold % _NEVER
+        return table
+
+
+def _counted(cut: Cut) -> bool:
+    """Whether what equals the cut is counted; of zeros it does not matter which are kept."""
+    return cut.equal > 0 and cut.pattern > 0
+
+
+def _turns(row: Row) -> list[int]:
+    """Where a row starts to keep something else."""
+    cuts = [cut for cut in (row.cut, row.top) if cut is not None and not _counted(cut)]
+    return [cut.last + 1 for cut in cuts]
+
+
+def _factor(row: Row) -> np.float32:
+    """Of a row that draws nothing, what 0 times its factor is."""
+    with np.errstate(over="ignore", under="ignore"):
+        factor = np.float32(row.factor)
+        never = row.draw is not None and row.draw.threshold >= _NEVER
+        return factor * np.float32(0) if never else factor
+
+
+def _shape(
     program: Program,
+    read: Sequence[Tensor],
     base: Tensor | None,
-    sources: Sequence[Tensor],
-    out: Tensor,
+    out: Tensor | None,
     *,
-    stop: int | None = None,
-    write: bool = True,
-    counting: bool = False,
-) -> tuple[bool, tuple[int, int]]:
-    """One pass, up to `stop`: whether all is finite, the balance of the votes if `counting`, and
-    how many of them tied."""
-    from evomerge.merging.kernels import loops
+    counting: bool,
+) -> Any:
+    from evomerge.merging.kernels.fused import Shape
 
-    read = [sources[row.source] for row in program.rows]
-    election = program.election or Election(0, "mean", False, 1.0)
-    aggregate = election.aggregate
-    if aggregate == "mean" and not election.normalize:
-        aggregate = "sum"
-    end = out.numel() if stop is None else min(stop, out.numel())
-    counts = np.zeros(2, np.int64)
-    with np.errstate(over="ignore"):
-        reached = loops.fuse(
-            loops.CONSENSUS if program.election else loops.SUM,
-            np.array([tensor.data_ptr() for tensor in read], np.int64),
-            np.array([CODES[tensor.dtype] for tensor in read], np.int64),
-            np.array([row.factor for row in program.rows], np.float64).astype(np.float32),
-            np.array([row.weight for row in program.rows], np.float64).astype(np.float32),
-            np.array([_numbers(row) for row in program.rows], np.int64),
-            loops.TAU if program.origin == "base" else loops.PLAIN,
-            base.data_ptr() if base is not None else 0,
-            CODES[base.dtype] if base is not None else 0,
-            _AGGREGATES[aggregate],
-            np.float32(election.tie),
-            np.float32(election.scale),
-            counting,
-            out.data_ptr(),
-            CODES[out.dtype] if write else _NO_WRITE,
-            0,
-            end,
-            counts,
-        )
-    return bool(reached == end), (int(counts[0]), int(counts[1]))
-
-
-def _numbers(row: Row) -> tuple[int, ...]:
-    """The cut's pattern and last, the top's, how many equal to the cut, the draw's two numbers."""
-    cut, top = row.cut or KEEP_ALL, row.top or KEEP_NONE
-    threshold, key = (row.draw.threshold, row.draw.key) if row.draw else (0, 0)
-    return (cut.pattern, cut.last, top.pattern, top.last, cut.equal, threshold, key)
+    rows, vote = program.rows, program.election
+    cuts = any(row.cut is not None for row in rows)
+    tops = any(row.top is not None for row in rows)
+    draws = any(row.draw is not None for row in rows)
+    never = any(row.cut is not None and row.cut.pattern == KEEP_NONE.pattern for row in rows)
+    shape = Shape(
+        tuple(CODES[tensor.dtype] for tensor in read),
+        None if base is None else CODES[base.dtype],
+        None if out is None else CODES[out.dtype],
+        cuts=cuts,
+        tops=tops,
+        draws=draws,
+        careful=vote is None or tops or draws or never,
+    )
+    if vote is None:
+        return shape
+    aggregate = "sum" if vote.aggregate == "mean" and not vote.normalize else vote.aggregate
+    return replace(
+        shape,
+        vote=aggregate,
+        scaled=vote.scale != 1,
+        open=counting,
+        neutral=vote.tie == 0,
+        positive=all(np.float32(row.weight) >= _NO_WEIGHT for row in rows),
+    )

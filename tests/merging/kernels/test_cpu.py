@@ -22,6 +22,7 @@ from evomerge.merging.kernels.program import Election, Program, Row
 from evomerge.merging.methods.election import signs, tie_sign
 from evomerge.merging.methods.selection import Cut
 
+PROBE = 1 << 16
 COPY = Program((Row(0, 1.0),), "zero")
 
 
@@ -44,11 +45,11 @@ def test_random_programs_give_the_bits_of_torch(seed: int) -> None:
 @pytest.mark.parametrize("lean", [-1, 0, 1])
 def test_a_tie_that_is_not_known_is_the_balance_of_the_whole_tensor(rule: str, lean: int) -> None:
     """The start of the tensor leans one way, the whole another: the guess is wrong."""
-    size = 3 * cpu._PROBE
+    size = 3 * PROBE
     chance = random.Random(lean)
     base, first, second = (values(chance, torch.bfloat16, size) for _ in range(3))
-    first[: cpu._PROBE] = first[: cpu._PROBE].abs() * -lean
-    first[cpu._PROBE :] = first[cpu._PROBE :].abs() * lean
+    first[: PROBE] = first[: PROBE].abs() * -lean
+    first[PROBE :] = first[PROBE :].abs() * lean
     program = Program(
         (Row(0, 0.5, 0.5), Row(1, 0.5, 0.5)), "base", Election(0, "mean", True, 1.0, rule=rule)
     )

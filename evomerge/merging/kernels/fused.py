@@ -1,0 +1,291 @@
+"""Writes the loop that merges any number of rows in registers, from what is stored into what is
+stored, for one shape of a program.
+
+The numbers of the program come in a table when it runs; its signs, dtypes and rules are compiled
+in. Knows no tensors of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from llvmlite import ir
+
+from evomerge.merging.kernels.formats import (
+    FP32,
+    SIGN,
+    Pair,
+    floats,
+    integers,
+    magnitude,
+    pattern,
+    read,
+    real,
+    width,
+    write,
+)
+from evomerge.merging.kernels.machine import F32, I8, I32, I64, Kernel, Value, Variable, lanes
+from evomerge.merging.kernels.walking import walk
+
+PIECE = 2048
+"""Elements between two looks at what was counted."""
+
+BASE, OUT, SCALE, TIE, BALANCE, BAD, TIED, ROWS = range(8)
+"""Places in the table; TIED is the address of a byte per piece of the tensor."""
+SOURCE, FACTOR, WEIGHT, PATTERN, LEFT, UPTO, KEY, LEAST = range(8)
+"""Places of a row in the table, which starts at ROWS + 8·r. A row keeps patterns above PATTERN, and
+LEFT of those equal to it; not those above UPTO; and elements whose draw is LEAST or more."""
+
+_GOLD = 0x9E3779B97F4A7C15 - 2**64
+_NO_WEIGHT = 1e-8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is compiled in. `sources`, `base` and `out` are codes of dtypes; no base is no origin,
+    no `out` writes nothing.
+
+    `careful` keeps the sign of zeros and NaN among what is left out. `counts` counts what equals a
+    cut, `open` the balance of the votes and where they tie; `neutral` is a tie of sign 0.
+    `positive` says that no weights can add up to less than a divisor may be.
+    """
+
+    sources: tuple[int, ...]
+    base: int | None
+    out: int | None
+    vote: Literal["none", "mean", "sum", "max"] = "none"
+    cuts: bool = False
+    tops: bool = False
+    draws: bool = False
+    scaled: bool = True
+    careful: bool = True
+    counts: bool = False
+    open: bool = False
+    neutral: bool = False
+    positive: bool = False
+
+
+@cache
+def compiled(shape: Shape) -> Callable[[int, int, int], int]:
+    """Merges the elements [begin, end) of a tensor; where it stopped: at `end`, or at the start of
+    a piece in which a row has more equals than are left to be kept."""
+    return _Merge(shape).compiled()
+
+
+def slot(row: int, name: int) -> int:
+    """The place of a row's number in the table."""
+    return ROWS + 8 * row + name
+
+
+class _Merge(Kernel):
+    """The loop while it is written."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.rows = range(len(shape.sources))
+        self.factors = [self._everywhere(slot(r, FACTOR), F32) for r in self.rows]
+        self.nothings = [factor * 0.0 for factor in self.factors]
+        self.weights = [self._everywhere(slot(r, WEIGHT), F32) for r in self.rows]
+        self.uptos = [self._everywhere(slot(r, UPTO), I32) for r in self.rows]
+        self.leasts = [self._everywhere(slot(r, LEAST), I32) for r in self.rows]
+        self.keys = [self._everywhere(slot(r, KEY), I64) for r in self.rows]
+        self.scale, self.tie = self._everywhere(SCALE, F32), self._everywhere(TIE, F32)
+        operands = [(code, self.address(slot(r, SOURCE))) for r, code in enumerate(shape.sources)]
+        if shape.base is not None:
+            operands.append((shape.base, self.address(BASE)))
+        self.operands = operands
+        self.out = (shape.out, self.address(OUT)) if shape.out is not None else None
+        self._pieces()
+        self.give(self.end)
+
+    def _everywhere(self, index: int, kind: ir.Type) -> Value:
+        return self.slot(index, kind).splat(lanes())
+
+    def _pieces(self) -> None:
+        nothing = self.value(I64, 0)
+        self.balance, self.equals = self.variable(nothing), [self.variable(nothing)] * 0
+        self.equals = [self.variable(nothing) for _ in self.rows]
+        self.bad = self.variable(self.value(floats(), 0.0))
+        self.tied = self.variable(nothing)
+        place = self.variable(self.begin)
+        with self.repeat(lambda: place.value < self.end):
+            here = place.value
+            stop = self.least((here & -PIECE) + PIECE, self.end)
+            self._piece(here, stop)
+            place.value = stop
+
+    def _piece(self, here: Value, stop: Value) -> None:
+        nothing = self.value(I64, 0)
+        for cell in (self.balance, self.tied, *self.equals):
+            cell.value = nothing
+        self.bad.value = self.value(floats(), 0.0)
+        left = [self.slot(slot(r, LEFT)) for r in self.rows]
+        self.aboves = [
+            (self.slot(slot(r, PATTERN)) - (left[r] > 0).widened(I64)).cut(I32).splat(lanes())
+            for r in self.rows
+        ]
+        walk(self, self.operands, self.out, here, stop, self._body, even=self.shape.draws)
+        if self.shape.counts:
+            for r in self.rows:
+                with self.when((left[r] > 0) & (self.equals[r].value > left[r])):
+                    self.give(here)
+            for r in self.rows:
+                with self.when(left[r] > 0):
+                    self.set_slot(slot(r, LEFT), left[r] - self.equals[r].value)
+        with self.when(self.bad.value.is_nan().any()):
+            self.set_slot(BAD, self.value(I64, 1))
+        if self.shape.open:
+            self.set_slot(BALANCE, self.slot(BALANCE) + self.balance.value)
+            with self.when(self.tied.value > 0):
+                flags = self.address(TIED)
+                self.store(self.value(I8, 1), flags, here >> (PIECE.bit_length() - 1))
+
+    def _body(
+        self, parts: Sequence[Value], target: Value | None, index: Value, first: Value
+    ) -> None:
+        pairs = [
+            read(self, code, part, index)
+            for (code, _), part in zip(self.operands, parts, strict=True)
+        ]
+        drawn = self._draws(index + first) if self.shape.draws else None
+        base = pairs[-1] if self.shape.base is not None else None
+        even, odd = (
+            self._merged(
+                [pairs[r][half] for r in self.rows],
+                base[half] if base else None,
+                [words[half] for words in drawn] if drawn else None,
+            )
+            for half in (0, 1)
+        )
+        if self.shape.out is None:
+            return
+        assert target is not None
+        rounded = write(self, self.shape.out, (even, odd), target, index)
+        self._look(rounded)
+        if FP32 in (*self.shape.sources, self.shape.base):
+            self._look((even, odd))  # NaN may be rounded to what is finite
+
+    def _look(self, pair: Pair) -> None:
+        """Whether all is finite: 0·x adds NaN if x is not."""
+        for x in pair:
+            self.bad.value = x.fused(0.0, self.bad.value)
+
+    def _draws(self, element: Value) -> list[Pair]:
+        """Every row's draws, as `masks.draws` gives them."""
+        kind = ir.VectorType(I64, lanes())
+        steps = [(lane * _GOLD + 2**63) % 2**64 - 2**63 for lane in range(lanes())]
+        first = ((element >> 1) + 1) * _GOLD
+        states = first.splat(lanes()) + steps
+        both = ir.VectorType(I32, 2 * lanes())
+        found = []
+        for key in self.keys:
+            z = states + key
+            z = (z ^ (z >> 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+            z = (z ^ (z >> 27)) * (0x94D049BB133111EB - 2**64)
+            z = z ^ (z >> 31)
+            assert z.type == kind
+            words = z.cast(both)
+            places = list(range(0, 2 * lanes(), 2))
+            found.append(
+                (words.shuffled(words, places), words.shuffled(words, [p + 1 for p in places]))
+            )
+        return found
+
+    def _merged(
+        self, sources: Sequence[Value], base: Value | None, draws: Sequence[Value] | None
+    ) -> Value:
+        """One vector of the result."""
+        rows = [
+            self._row(r, source if base is None else source - base, draws)
+            for r, source in enumerate(sources)
+        ]
+        total = rows[0]
+        for row in rows[1:]:
+            total = total + row
+        merged = total if self.shape.vote == "none" else self._consensus(rows, total)
+        return merged if base is None else base + merged
+
+    def _row(self, r: int, x: Value, draws: Sequence[Value] | None) -> Value:
+        kept = self._kept(r, x, draws)
+        if kept is None:
+            return x * self.factors[r]
+        if self.shape.careful:
+            return x * kept.select(self.factors[r], self.nothings[r])
+        return kept.select(x * self.factors[r], 0.0)
+
+    def _kept(self, r: int, x: Value, draws: Sequence[Value] | None) -> Value | None:
+        rules = []
+        if self.shape.cuts:
+            size = magnitude(x)
+            rules.append(size > self.aboves[r])
+            if self.shape.counts:
+                self._count(self.equals[r], size.equals(self.slot_of_pattern(r)), 1)
+        if self.shape.tops:
+            rules.append(magnitude(x) <= self.uptos[r])
+        if draws is not None:
+            rules.append(~draws[r].below(self.leasts[r]))
+        kept = None
+        for rule in rules:
+            kept = rule if kept is None else kept & rule
+        return kept
+
+    def slot_of_pattern(self, r: int) -> Value:
+        return self._everywhere(slot(r, PATTERN), I32)
+
+    def _count(self, cell: Variable, mask: Value, factor: int) -> None:
+        cell.value = cell.value + mask.ones() * factor
+
+    def _consensus(self, votes: Sequence[Value], total: Value) -> Value:
+        """λ·consensus, as in `election.consensus`. A vote of 0 has either sign: it is none."""
+        zero = total.equals(0.0)
+        leaning = total if self.shape.neutral else zero.select(self.tie, total)
+        flip = pattern(leaning) & SIGN
+        turned = [real(pattern(vote) ^ flip) for vote in votes]
+        agree = [x > 0.0 for x in turned]
+        if self.shape.neutral:
+            agree = [mask & ~zero for mask in agree]
+        if self.shape.vote == "max":
+            merged = self._largest(turned, agree, flip)
+            unsummed = total.is_nan().select(total, 0.0)  # a sum may overflow
+        else:
+            merged, unsummed = self._agreed(votes, agree), total
+        self.bad.value = unsummed.fused(0.0, self.bad.value)
+        if self.shape.open:
+            self._ballot(total, zero, merged)
+        if self.shape.vote == "mean":
+            merged = merged / self._divisor(agree)
+        return merged * self.scale if self.shape.scaled else merged
+
+    def _ballot(self, total: Value, zero: Value, merged: Value) -> None:
+        self._count(self.balance, total > 0.0, 1)
+        self._count(self.balance, total < 0.0, -1)
+        self._count(self.tied, zero & (merged > 0.0), 1)
+
+    def _agreed(self, votes: Sequence[Value], agree: Sequence[Value]) -> Value:
+        merged = agree[0].select(votes[0], 0.0)
+        for vote, mask in zip(votes[1:], agree[1:], strict=True):
+            merged = mask.select(merged + vote, merged)
+        return merged
+
+    def _largest(self, turned: Sequence[Value], agree: Sequence[Value], flip: Value) -> Value:
+        best = agree[0].select(turned[0], 0.0)
+        for x, mask in zip(turned[1:], agree[1:], strict=True):
+            best = (mask & (x > best)).select(x, best)
+        return real(pattern(best) ^ flip) + 0.0
+
+    def _divisor(self, agree: Sequence[Value]) -> Value:
+        weights = self.weights
+        by = agree[0].select(weights[0], 0.0)
+        for weight, mask in zip(weights[1:], agree[1:], strict=True):
+            by = mask.select(by + weight, by)
+        if self.shape.positive:  # below it is only the 0 of no vote: 0 / x is 0
+            return (by > _NO_WEIGHT).select(by, _NO_WEIGHT)
+        size = real(magnitude(by))
+        return (size < _NO_WEIGHT).select(self.value(floats(), 1.0), by)
+
+
+__all__ = ["PIECE", "Shape", "compiled", "integers", "slot", "width"]
