@@ -22,7 +22,6 @@ from evomerge.merging.methods.election import tie_sign
 from evomerge.merging.methods.selection import KEEP_ALL, KEEP_NONE, Cut
 
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_MANY = 1 << 62
 _NEVER = 1 << 32  # no draw is as large
 _NO_WEIGHT = np.float32(1e-8)
 
@@ -144,46 +143,23 @@ class _Pass:
         return [(int(begin), int(end)) for begin, end in runs]
 
     def _between(self, begin: int, end: int) -> None:
-        while begin < end:
-            reached = self._called(begin, end)
-            if reached < end:  # a row's equals run out in this piece
-                piece = self._fused.PIECE
-                last = self._last(reached, min((reached // piece + 1) * piece, end))
-                self._called(reached, last + 1)
-                reached = last + 1
-            begin = reached
-
-    def _called(self, begin: int, end: int) -> int:
-        shape = self._shape
+        table = self._table.ctypes.data
         if self._open():
-            shape = replace(shape, counts=True)
-        return self._fused.compiled(shape)(self._table.ctypes.data, begin, end)
+            begin = self._fused.compiled(replace(self._shape, counts=True))(table, begin, end)
+        if begin < end:
+            self._fused.compiled(self._shape)(table, begin, end)
 
-    def _open(self) -> list[int]:
-        """The rows that count."""
-        left = self._table[self._fused.slot(0, self._fused.LEFT) :: 8]
-        return [r for r, count in enumerate(left.tolist()) if 0 < count < _MANY]
-
-    def _last(self, begin: int, end: int) -> int:
-        """The first element of a piece with which a row has kept all the equals it may."""
-        found = [self._last_of(r, begin, end) for r in self._open()]
-        return min(found)
-
-    def _last_of(self, r: int, begin: int, end: int) -> int:
-        x = self._read[r][begin:end].float()
-        if self._base is not None:
-            x -= self._base[begin:end].float()
-        row = self._fused.slot(r, 0)
-        pattern, left = self._table[row + self._fused.PATTERN], self._table[row + self._fused.LEFT]
-        places = (x.abs_().view(torch.int32) == int(pattern)).nonzero()
-        return begin + int(places[left - 1]) if left <= len(places) else end - 1
+    def _open(self) -> bool:
+        """Whether a row has equals to count."""
+        left = self._table[self._fused.slot(0, self._fused.LEFT) :: 8].tolist()
+        return any(0 < count < self._fused.MANY // 2 for count in left)
 
     def _place(self, begin: int) -> None:
         """What rows whose cuts are located keep from here on."""
         for r, row in enumerate(self._rows):
             at = self._fused.slot(r, 0)
             if row.cut is not None and not _counted(row.cut):
-                self._table[at + self._fused.LEFT] = _MANY if row.cut.last >= begin else 0
+                self._table[at + self._fused.LEFT] = self._fused.MANY if row.cut.last >= begin else 0
             if row.top is not None:
                 upto = row.top.pattern - (row.top.last >= begin)
                 self._table[at + self._fused.UPTO] = upto

@@ -27,7 +27,7 @@ from evomerge.merging.kernels.formats import (
     width,
     write,
 )
-from evomerge.merging.kernels.machine import F32, I8, I32, I64, Kernel, Value, Variable, lanes
+from evomerge.merging.kernels.machine import F32, I1, I8, I32, I64, Kernel, Value, Variable, lanes
 from evomerge.merging.kernels.walking import walk
 
 PIECE = 2048
@@ -38,6 +38,9 @@ BASE, OUT, SCALE, TIE, BALANCE, BAD, TIED, ROWS = range(8)
 SOURCE, FACTOR, WEIGHT, PATTERN, LEFT, UPTO, KEY, LEAST = range(8)
 """Places of a row in the table, which starts at ROWS + 8·r. A row keeps patterns above PATTERN, and
 LEFT of those equal to it; not those above UPTO; and elements whose draw is LEAST or more."""
+
+MANY = 1 << 62
+"""What LEFT is where all equals are kept."""
 
 _GOLD = 0x9E3779B97F4A7C15 - 2**64
 _NO_WEIGHT = 1e-8
@@ -70,8 +73,8 @@ class Shape:
 
 @cache
 def compiled(shape: Shape) -> Callable[[int, int, int], int]:
-    """Merges the elements [begin, end) of a tensor; where it stopped: at `end`, or at the start of
-    a piece in which a row has more equals than are left to be kept."""
+    """Merges the elements [begin, end) of a tensor; where it stopped: at `end`, or where no row has
+    equals to count any more."""
     return _Merge(shape).compiled()
 
 
@@ -107,35 +110,73 @@ class _Merge(Kernel):
 
     def _pieces(self) -> None:
         nothing = self.value(I64, 0)
-        self.balance, self.equals = self.variable(nothing), [self.variable(nothing)] * 0
+        self.balance = self.variable(nothing)
         self.equals = [self.variable(nothing) for _ in self.rows]
         self.bad = self.variable(self.value(floats(), 0.0))
         self.tied = self.variable(nothing)
-        place = self.variable(self.begin)
+        place, step = self.variable(self.begin), self.variable(self.value(I64, PIECE))
         with self.repeat(lambda: place.value < self.end):
             here = place.value
-            stop = self.least((here & -PIECE) + PIECE, self.end)
+            stop = self.least(self.least((here & -PIECE) + PIECE, here + step.value), self.end)
             self._piece(here, stop)
-            place.value = stop
+            if self.shape.counts:
+                over = self._overdrawn()
+                with self.builder.if_else(over.raw) as (then, otherwise):
+                    with then:  # the piece is done again, up to nearer where a row runs out
+                        step.value = (stop - here) >> 1
+                    with otherwise:
+                        self._settle(here)
+                        step.value = self._drawn(step.value)
+                        place.value = stop
+                        with self.when(~self._open()):
+                            self.give(stop)
+            else:
+                self._settle(here)
+                place.value = stop
+
+    def _left(self, r: int) -> Value:
+        return self.slot(slot(r, LEFT))
+
+    def _overdrawn(self) -> Value:
+        """Whether a row has more equals in this piece than are left to be kept."""
+        over = self.value(I1, 0)
+        for r in self.rows:
+            over = over | ((self._left(r) > 0) & (self.equals[r].value > self._left(r)))
+        return over
+
+    def _drawn(self, step: Value) -> Value:
+        """Takes the piece's equals from what is left. The next step: a whole piece where a row is
+        through with it."""
+        for r in self.rows:
+            left = self._left(r)
+            rest = (left > 0).select(left - self.equals[r].value, left)
+            through = (left > 0) & rest.equals(0)
+            step = through.select(self.value(I64, PIECE), step)
+            self.set_slot(slot(r, LEFT), rest)
+        return step
+
+    def _open(self) -> Value:
+        """Whether a row still counts."""
+        found = self.value(I1, 0)
+        for r in self.rows:
+            found = found | ((self._left(r) > 0) & (self._left(r) < MANY // 2))
+        return found
 
     def _piece(self, here: Value, stop: Value) -> None:
         nothing = self.value(I64, 0)
         for cell in (self.balance, self.tied, *self.equals):
             cell.value = nothing
         self.bad.value = self.value(floats(), 0.0)
-        left = [self.slot(slot(r, LEFT)) for r in self.rows]
         self.aboves = [
-            (self.slot(slot(r, PATTERN)) - (left[r] > 0).widened(I64)).cut(I32).splat(lanes())
+            (self.slot(slot(r, PATTERN)) - (self._left(r) > 0).widened(I64))
+            .cut(I32)
+            .splat(lanes())
             for r in self.rows
         ]
         walk(self, self.operands, self.out, here, stop, self._body, even=self.shape.draws)
-        if self.shape.counts:
-            for r in self.rows:
-                with self.when((left[r] > 0) & (self.equals[r].value > left[r])):
-                    self.give(here)
-            for r in self.rows:
-                with self.when(left[r] > 0):
-                    self.set_slot(slot(r, LEFT), left[r] - self.equals[r].value)
+
+    def _settle(self, here: Value) -> None:
+        """Takes down what was seen in a piece."""
         with self.when(self.bad.value.is_nan().any()):
             self.set_slot(BAD, self.value(I64, 1))
         if self.shape.open:
