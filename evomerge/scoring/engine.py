@@ -203,6 +203,7 @@ class Program:
                 batch_size=self._engine.batch_size,
                 pad_token=self._engine.lm.tokenizer.pad_token_id,
                 device=self._engine.lm.device,
+                share_prefix=self._engine.share_context,
             )
             self._written.append((plan, list(prompts.values())))
 

@@ -2,20 +2,38 @@
 
 Knows nothing of tasks and items: prompts as token ids in, texts out. Gives what lm-eval's HFLM
 gives through `transformers`' generate (left padding, end-of-sequence tokens, stop strings looked
-for in the decoded tail, text cut at the first of them), without its cost per token.
+for in the decoded tail, text cut at the first of them), without its cost per token. What all
+prompts begin with is run once where that pays; a batch in which the choice of a token is then
+nearly a tie is run again without.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evomerge.scoring.key_values import (
+    Segment,
+    empty_cache,
+    growing_cache,
+    is_exact,
+    read_once,
+    shareable_tokens,
+)
 from evomerge.scoring.loglikelihood import accepts_logits_to_keep, check_finite
+from evomerge.scoring.shared_context import common_prefix
+
+# A shared prefix has to save this part of all tokens, those to be written included.
+_SAVED = 0.2
+# Logits nearer than this are a tie that rounding may have decided. Rounding errors of whole
+# texts do not add up, as those of log-likelihoods do.
+_NEAR = 1e-4
+_TRIED = 2  # of the longest prompts and of the shortest each
 
 # what `generate` may be configured with and still be plain greedy search
 _HARMLESS = {
@@ -55,7 +73,10 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Batch:
-    """One run of the decoder: `inputs` and `mask` [b, s], padded on the left."""
+    """One run of the decoder: `inputs` [b, s] padded on the left, behind a prefix that all share.
+
+    `mask` [b, prefix + s] covers the prefix.
+    """
 
     prompts: tuple[int, ...]
     inputs: Tensor
@@ -87,27 +108,79 @@ class GenerationPlan:
         batch_size: int,
         pad_token: int,
         device: torch.device,
+        share_prefix: bool = False,
     ) -> None:
-        self._count = len(prompts)
+        self._prompts = [prompt.tokens for prompt in prompts]
         self._stopping = stopping
+        self._pad_token = pad_token
+        self._device = device
         order = sorted(
             range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), prompts[i].text)
         )
-        self._batches = [
-            _batch(order[start : start + batch_size], prompts, pad_token, device)
-            for start in range(0, len(order), batch_size)
-        ]
+        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        self._tried = list(dict.fromkeys([*order[:_TRIED], *order[-_TRIED:]]))
+        self._prefix = self._worthwhile() if share_prefix else 0
+        self._works: bool | None = None if self._prefix else False
+        self._batches = [self._batch(chosen, 0) for chosen in chunks]
+        self._shared = [self._batch(chosen, self._prefix) for chosen in chunks if self._prefix]
 
     def run(self, model: Any, tokenizer: Any) -> list[str]:
         """One text for each prompt. Raises NonFiniteModel."""
-        texts = [""] * self._count
-        ends = _end_tokens(model)
-        for batch in self._batches:
-            decoded = _Decoder(model, tokenizer, self._stopping, ends).decode(batch)
+        texts = [""] * len(self._prompts)
+        decoder = _Decoder(model, tokenizer, self._stopping, _end_tokens(model))
+        for batch, decoded in zip(self._batches, self._decode(decoder, model), strict=True):
             for prompt, tokens in zip(batch.prompts, decoded, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 texts[prompt] = _cut(text, self._stopping.strings)
         return texts
+
+    def _decode(self, decoder: _Decoder, model: Any) -> Iterator[list[list[int]]]:
+        """The new tokens of every row of every batch."""
+        if self._works is None:
+            self._works = self._try(decoder, model)
+        if not self._works:
+            yield from (decoder.decode(batch) for batch in self._batches)
+            return
+        prefix = self._read_prefix(model)
+        for batch, plain in zip(self._shared, self._batches, strict=True):
+            decoded = decoder.decode(batch, prefix)
+            yield decoder.decode(plain) if decoder.nearly_tied else decoded
+
+    def _worthwhile(self) -> int:
+        """How many tokens all prompts share, if running them once saves enough."""
+        count, shared = len(self._prompts), common_prefix(self._prompts)
+        tokens = sum(map(len, self._prompts)) + count * self._stopping.max_tokens
+        return shared if shared * (count - 1) >= _SAVED * tokens else 0
+
+    def _read_prefix(self, model: Any) -> Segment:
+        tokens = self._prompts[0][: self._prefix]
+        return read_once(model, torch.tensor([tokens], device=self._device))
+
+    def _try(self, decoder: _Decoder, model: Any) -> bool:
+        """Whether a few prompts, the longest and the shortest, begin as they should."""
+        if max(map(len, self._prompts)) + self._stopping.max_tokens > shareable_tokens(model):
+            return False
+        plain, shared = self._batch(self._tried, 0), self._batch(self._tried, self._prefix)
+        expected = decoder.first_logits(plain)
+        try:
+            found = decoder.first_logits(shared, self._read_prefix(model))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False  # a model that does not take another's keys and values
+        allowed = 1e-3 if is_exact(model) else 0.05
+        return bool(torch.allclose(found, expected, rtol=allowed, atol=allowed))
+
+    def _batch(self, chosen: Sequence[int], skipped: int) -> Batch:
+        rows = [self._prompts[i][skipped:] for i in chosen]
+        length = max(map(len, rows))
+        inputs = torch.full((len(rows), length), self._pad_token, dtype=torch.long)
+        mask = torch.zeros(len(rows), skipped + length, dtype=torch.long)
+        mask[:, :skipped] = 1
+        for row, tokens in enumerate(rows):
+            inputs[row, length - len(tokens) :] = torch.tensor(tokens)
+            mask[row, skipped + length - len(tokens) :] = 1
+        return Batch(tuple(chosen), inputs.to(self._device), mask.to(self._device))
 
 
 def _end_tokens(model: Any) -> frozenset[int]:
@@ -124,25 +197,13 @@ def _cut(text: str, strings: Sequence[str]) -> str:
     return text
 
 
-def _batch(
-    chosen: Sequence[int], prompts: Sequence[Prompt], pad_token: int, device: torch.device
-) -> Batch:
-    length = max(len(prompts[i].tokens) for i in chosen)
-    inputs = torch.full((len(chosen), length), pad_token, dtype=torch.long)
-    mask = torch.zeros(len(chosen), length, dtype=torch.long)
-    for row, i in enumerate(chosen):
-        tokens = prompts[i].tokens
-        inputs[row, length - len(tokens) :] = torch.tensor(tokens)
-        mask[row, length - len(tokens) :] = 1
-    return Batch(tuple(chosen), inputs.to(device), mask.to(device))
-
-
 class _Decoder:
     """Decodes one batch; once half of its rows have ended the others go on without them."""
 
     def __init__(
         self, model: Any, tokenizer: Any, stopping: Stopping, ends: frozenset[int]
     ) -> None:
+        self.nearly_tied = False  # whether rounding may have decided what was decoded last
         self._model = model
         self._tokenizer = tokenizer
         self._ends = ends
@@ -155,20 +216,20 @@ class _Decoder:
             if not (len(tokens) == 1 and tokens[0] in ends)
         ]
 
-    def decode(self, batch: Batch) -> list[list[int]]:
+    def decode(self, batch: Batch, prefix: Segment | None = None) -> list[list[int]]:
         """The new tokens of every row, up to and with the one that ended it."""
-        from transformers import DynamicCache
-
         rows: list[list[int]] = [[] for _ in batch.prompts]
         going = list(range(len(rows)))  # rows that have not ended
         places = going  # where they are in the model's batch
-        cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-        inputs, mask = batch.inputs, batch.mask
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs, mask, positions, cache = self._start(batch, prefix)
+        self.nearly_tied = False
         for step in range(self._max_tokens):
-            inputs = self._next_tokens(inputs, mask, positions, cache)  # [active, 1]
+            logits = self._logits(inputs, mask, positions, cache)
+            if prefix is not None and is_exact(self._model):
+                self.nearly_tied |= _nearly_tied(logits[places])
+            inputs = logits.argmax(dim=-1, keepdim=True)  # [active, 1]
             places, going = self._append(rows, places, going, inputs[:, 0].tolist())
-            if not going or step + 1 == self._max_tokens:
+            if self.nearly_tied or not going or step + 1 == self._max_tokens:
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
             positions = positions[:, -1:] + 1
@@ -179,8 +240,18 @@ class _Decoder:
                 places = list(range(len(going)))
         return rows
 
-    def _next_tokens(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        logits = self._model(
+    def first_logits(self, batch: Batch, prefix: Segment | None = None) -> Tensor:
+        """Logits [b, vocabulary] of every row's first new token."""
+        return self._logits(*self._start(batch, prefix))
+
+    def _start(self, batch: Batch, prefix: Segment | None) -> tuple[Tensor, Tensor, Tensor, Any]:
+        rows, length = batch.inputs.shape
+        cache = growing_cache(prefix, rows) if prefix else empty_cache(self._model)
+        positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return batch.inputs, batch.mask, positions, cache
+
+    def _logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        logits: Tensor = self._model(
             inputs,
             attention_mask=mask,
             position_ids=positions,
@@ -189,8 +260,7 @@ class _Decoder:
             **self._keep_last,
         ).logits[:, -1]
         check_finite(logits)
-        chosen: Tensor = logits.float().argmax(dim=-1, keepdim=True)
-        return chosen
+        return logits.float()
 
     def _append(
         self, rows: list[list[int]], places: list[int], going: list[int], tokens: list[int]
@@ -206,3 +276,9 @@ class _Decoder:
         if tokens[-1] in self._ends:
             return True
         return any(text in self._tokenizer.decode(tokens[-n:]) for text, n in self._stops)
+
+
+def _nearly_tied(logits: Tensor) -> bool:
+    """Whether in any row [b, vocabulary] the second choice comes near to the first."""
+    first, second = logits.topk(2, dim=-1).values.unbind(dim=-1)
+    return bool((second >= first - _NEAR).any())

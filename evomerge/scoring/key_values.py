@@ -6,6 +6,7 @@ whoever computed them. Knows nothing of tasks, windows and batches.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+
+from evomerge.scoring.loglikelihood import accepts_logits_to_keep
 
 UNLIMITED = 2**62
 _NEEDED = {"past_key_values", "position_ids", "attention_mask", "use_cache"}
@@ -43,6 +46,11 @@ def shareable_tokens(model: Any) -> int:
     return min(map(_shareable, layers), default=0)
 
 
+def is_exact(model: Any) -> bool:
+    """Whether the model's rounding is fine enough for near ties to be rare."""
+    return model.dtype in (torch.float32, torch.float64)
+
+
 def empty_cache(model: Any) -> Any:
     """transformers' own growing cache for a model."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -64,6 +72,31 @@ class Segment:
     cache: Any
     tokens: int
     rows: Tensor | None = None
+
+
+def read_once(model: Any, tokens: Tensor) -> Segment:
+    """Keys and values of a row of tokens [1, s] that other rows begin with."""
+    cache = empty_cache(model)
+    length = tokens.shape[1]
+    model(
+        tokens,
+        position_ids=torch.arange(length, device=tokens.device)[None],
+        past_key_values=cache,
+        use_cache=True,
+        **({"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}),
+    )
+    return Segment(cache, length)
+
+
+def growing_cache(segment: Segment, rows: int) -> Any:
+    """A cache that holds the segment's one row for every row, and grows pass by pass."""
+    cache = copy.copy(segment.cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in cache.layers:
+        if not isinstance(layer, DummyLayer):
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)
+            layer.values = layer.values.expand(rows, -1, -1, -1)
+    return cache
 
 
 def shared_cache(segments: Sequence[Segment]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evomerge.scoring.key_values import shareable_tokens
+from evomerge.scoring.key_values import is_exact, shareable_tokens
 from evomerge.scoring.loglikelihood import Answer, LoglikelihoodPlan, Window
 from evomerge.scoring.near_ties import Choice, NearTies
 from evomerge.scoring.shared_context import NEAR, SharedContextPlan, Tokens, split
@@ -23,7 +23,6 @@ from evomerge.scoring.shared_context import NEAR, SharedContextPlan, Tokens, spl
 _SAVED = 0.2
 _TRIED_CONTEXTS = 2  # of the longest and of the shortest each
 _TRIED_ENDINGS = 8
-_EXACT = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class _Task:
         """Answer the task's windows; return those that rounding may have decided."""
         own, doubtful = self._plan.run(model)
         answers.update(zip(self._numbers, own, strict=True))
-        if _dtype(model) not in _EXACT:
+        if not is_exact(model):
             return set()  # everything is near a tie
         values = {n: value for n, (value, _) in zip(self._numbers, own, strict=True)}
         return self._near_ties.find(values) | {self._numbers[place] for place in doubtful}
@@ -137,7 +136,7 @@ class _Task:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return False  # a model that does not take another's keys and values
-        allowed = 1e-3 if _dtype(model) in _EXACT else 0.05
+        allowed = 1e-3 if is_exact(model) else 0.05
         return all(
             abs(a - b) <= allowed * (1 + abs(a))
             for (a, _), (b, _) in zip(expected, found, strict=True)
@@ -154,9 +153,4 @@ class _Task:
 
 def may_share(model: Any, wanted: bool | str) -> bool:
     """Whether to share contexts: `auto` only where no outcome can depend on it."""
-    return _dtype(model) in _EXACT if wanted == "auto" else bool(wanted)
-
-
-def _dtype(model: Any) -> torch.dtype:
-    dtype: torch.dtype = model.dtype
-    return dtype
+    return is_exact(model) if wanted == "auto" else bool(wanted)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evomerge.scoring.key_values import Segment, empty_cache, shared_cache
+from evomerge.scoring.key_values import Segment, empty_cache, read_once, shared_cache
 from evomerge.scoring.loglikelihood import Answer, Window, accepts_logits_to_keep, check_finite
 
 # Rows of a pass for each one of the batch size: they are short, and what they share is expanded
 # for one layer at a time.
-_ROWS = 4
-_EVEN = 0.9  # of the longest row's tokens
+_ROWS = 2
+_EVEN = 0.85  # of the longest row's tokens
 # Log-probabilities nearer than this are a tie that rounding may have decided.
 NEAR = 1e-3
 
@@ -36,8 +36,8 @@ class Pass:
 
     `mask` [b, past + s] covers what is in the cache as well; None where nothing is and causality
     hides the padding. Row i attends to row `parents`[i] of the pass before. Logits of the columns
-    `keep` [p] are computed, `needed` [u] selects from the b * p of them, and `picks` [t] of these
-    give the log-probabilities of `tokens` [t].
+    `keep` [p] are computed; of these b * p positions `picks` [t] give the log-probabilities of
+    `tokens` [t].
     """
 
     inputs: Tensor
@@ -45,7 +45,6 @@ class Pass:
     mask: Tensor | None
     parents: Tensor | None
     keep: Tensor
-    needed: Tensor
     picks: Tensor
     tokens: Tensor
 
@@ -116,7 +115,7 @@ class SharedContextPlan:
         answers: list[Answer] = [(0.0, False)] * len(self._windows)
         doubtful: set[int] = set()
         runner = _Runner(model)
-        before = runner.prefix(self._prefix) if self.shared else []
+        before = [read_once(model, self._prefix)] if self.shared else []
         for batch in self._batches:
             for window, value, greedy, doubt in runner.batch(batch, before):
                 answers[window] = (value, greedy)
@@ -215,9 +214,7 @@ class SharedContextPlan:
             inputs[row, : len(tokens)] = torch.tensor(tokens)
         # padding takes the row's last position: one further on may be beyond the model's length
         own = torch.minimum(torch.arange(length), torch.tensor([[len(r) - 1] for r in rows]))
-        selected: dict[tuple[int, int], int] = {}
-        picks = [selected.setdefault((r, c), len(selected)) for r, c, _ in wanted]
-        keep = sorted({column for _, column in selected})
+        keep = sorted({column for _, column, _ in wanted})
         kept = {column: place for place, column in enumerate(keep)}
         mask = None if seen is None else torch.cat([seen, torch.ones_like(inputs)], dim=1)
 
@@ -230,8 +227,7 @@ class SharedContextPlan:
             mask=None if mask is None else move(mask),
             parents=None if parents is None else move(parents),
             keep=move(keep),
-            needed=move([row * len(keep) + kept[column] for row, column in selected]),
-            picks=move(picks),
+            picks=move([row * len(keep) + kept[column] for row, column, _ in wanted]),
             tokens=move([token for _, _, token in wanted]),
         )
 
@@ -257,14 +253,6 @@ class _Runner:
         self._model = model
         self._slices_logits = accepts_logits_to_keep(model)
 
-    def prefix(self, tokens: Tensor) -> list[Segment]:
-        """Run what all contexts begin with, [1, s]."""
-        cache = empty_cache(self._model)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        keep = positions[0, -1:]
-        self._logits(tokens, positions, None, keep, cache)
-        return [Segment(cache, tokens.shape[1])]
-
     def batch(self, batch: Batch, before: list[Segment]) -> Iterator[tuple[int, float, bool, bool]]:
         """(window, log-likelihood, is greedy, nearly a tie) for each window of a batch."""
         cache = shared_cache(before) if before else empty_cache(self._model)
@@ -284,11 +272,10 @@ class _Runner:
     def _tokens(self, one: Pass, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
         """For each wanted token its log-probability, whether it is the most probable, and whether
         that is nearly a tie; all [t]."""
-        logits = self._logits(one.inputs, one.positions, one.mask, one.keep, cache)
-        logits = logits.flatten(0, 1).index_select(0, one.needed)  # [u, vocabulary]
-        check_finite(logits)
-        log_probabilities = F.log_softmax(logits, dim=-1)
+        logits = self._logits(one, cache)
+        log_probabilities = F.log_softmax(logits.flatten(0, 1), dim=-1)  # [b * p, vocabulary]
         values = log_probabilities[one.picks, one.tokens]  # [t]
+        check_finite(values)  # NaN where a logit of the position is NaN or infinite
         near = values >= log_probabilities.amax(dim=-1)[one.picks] - NEAR
         matches = torch.zeros_like(near)
         (places,) = near.nonzero(as_tuple=True)  # few: what is said is seldom what is probable
@@ -299,16 +286,14 @@ class _Runner:
             near[places] = ~matches[places] | (second >= values[places] - NEAR)
         return values, matches, near
 
-    def _logits(
-        self, inputs: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor, cache: Any
-    ) -> Tensor:
-        sliced = {"logits_to_keep": keep} if self._slices_logits else {}
+    def _logits(self, one: Pass, cache: Any) -> Tensor:
+        sliced = {"logits_to_keep": one.keep} if self._slices_logits else {}
         logits: Tensor = self._model(
-            inputs,
-            position_ids=positions,
-            attention_mask=mask,
+            one.inputs,
+            position_ids=one.positions,
+            attention_mask=one.mask,
             past_key_values=cache,
             use_cache=True,
             **sliced,
         ).logits
-        return logits if sliced else logits[:, keep]
+        return logits if sliced else logits[:, one.keep]

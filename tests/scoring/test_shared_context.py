@@ -22,7 +22,7 @@ SIZE: dict[str, Any] = {"vocab_size": len(TOKENS), "bos_token_id": None, "eos_to
 SIZE |= {"initializer_range": 0.15, "pad_token_id": 0}
 LLAMA: dict[str, Any] = SIZE | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH}
-GEMMA = LLAMA | {"head_dim": 8, "attn_implementation": "eager"}
+GEMMA = LLAMA | {"head_dim": 8, "tie_word_embeddings": False, "attn_implementation": "eager"}
 GPT2 = SIZE | {"n_positions": LENGTH, "n_embd": 32, "n_layer": 2, "n_head": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
@@ -241,6 +241,54 @@ def test_half_precision_shares_only_if_told_to() -> None:
     values = [[v for v, _ in ours(model, instances, 4, share)] for share in (False, True)]
     assert values[0] == pytest.approx(values[1], rel=0.02, abs=0.1)
     assert values[0] == [v for v, _ in theirs(model, instances, 4)]
+
+
+def written(prompts: list[str], stop: str = "e") -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    options = {"until": [stop], "do_sample": False, "max_gen_toks": 12}
+    return [
+        Instance("generate_until", {}, (prompt, dict(options)), 0, metadata=("g", number, 1))
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def few_shot_prompts() -> list[str]:
+    random = Random(6)
+    head = text(random, 45) + "="
+    return [head + text(random, random.randint(1, 30)) + "=" for _ in range(14)]
+
+
+@pytest.mark.parametrize("kind", [*MODELS.values(), WINDOWED], ids=[*MODELS, "window"])
+def test_texts_behind_a_shared_prefix_are_hflms(kind: tuple[str, dict[str, Any]]) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    model, instances = build(*kind), written(few_shot_prompts())
+    lm = HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=4)
+    expected = lm.generate_until(instances, disable_tqdm=True)
+    for share in (True, False):
+        assert ours(model, instances, 4, share) == expected
+    assert len(set(expected)) > 3
+
+
+def test_a_prefix_of_prompts_is_read_once() -> None:
+    model, instances = build(*MODELS["llama"]), written(few_shot_prompts())
+    tokens = []
+    for share in (False, True):
+        program = Engine(model, tokenizer(), batch_size=5, share_context=share).prepare(instances)
+        program.run()
+        with passes(model) as seen:
+            program.run()
+        tokens.append(sum(rows * length for rows, length in seen))
+    assert tokens[1] < 0.6 * tokens[0]
+
+
+def test_a_text_that_was_nearly_a_tie_is_written_again() -> None:
+    """All tokens are equally likely: every batch is run without the prefix, after one step with."""
+    model, instances = build(*MODELS["qwen2"]), written(few_shot_prompts())
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert ours(model, instances, 4, True) == ours(model, instances, 4, False)
 
 
 def test_common_prefix_leaves_every_context_a_token() -> None:
