@@ -67,7 +67,8 @@ def export_recipe(recipe: Recipe, directory: Path, *, shard_bytes: int | None = 
             )
         except KeyboardInterrupt:
             bar.stop()
-            typer.echo("evomerge: interrupted; the same command goes on after the last whole file", err=True)
+            hint = "the same command goes on after the last whole file"
+            typer.echo(f"evomerge: interrupted; {hint}", err=True)
             raise typer.Exit(130) from None
     typer.echo(f"wrote {directory}", err=True)
 

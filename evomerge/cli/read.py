@@ -47,6 +47,7 @@ def status(
     rows = [_status(record, opened.trials(record.name, outcomes=False)) for record in records]
     for row, record in zip(rows, records, strict=True):
         row["controller"] = _holder(opened.controller(record.name))
+        row["refused"] = dict(opened.refusals(record.name))
     if json:
         print_json(rows[0] if study else rows)
     elif rows:

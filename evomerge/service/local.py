@@ -52,7 +52,13 @@ class LocalExecutor:
         self._alive: set[str] = set()
 
     def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See Executor.inspect."""
+        """See Executor.inspect. A worker that dies of it is replaced once: it may be chance."""
+        try:
+            return self._inspected(spec)
+        except WorkerLost:
+            return self._inspected(spec)
+
+    def _inspected(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         process = self._processes[0] if self._processes else self._start()
         _send(process, {"inspect": dict(spec)})
         while True:

@@ -132,6 +132,7 @@ def test_status_json(call: Any) -> None:
         "states": {"COMPLETE": rows[0]["trials"]["states"]["COMPLETE"], "FAIL": 2},
     }
     assert rows[0]["controller"] is None
+    assert rows[0]["refused"] == {}
     assert json.loads(call("status", "another", "--json")[1])["study"] == "another"
 
 

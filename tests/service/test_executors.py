@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from evomerge.errors import WorkerLost
 from evomerge.service.executor import Executor, Setup
 from evomerge.service.local import LocalExecutor
 from evomerge.spec import StudySpec, Workers
@@ -99,3 +100,27 @@ class TestRayExecutor(_Prepared):
         import ray
 
         ray.kill(busy.actor)
+
+
+def test_a_worker_killed_in_the_inspection_is_replaced_once(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, started = LocalExecutor(TWO), []
+
+    def start() -> object:
+        process = LocalExecutor._start(executor)
+        started.append(process)
+        if len(started) in dying:
+            process.popen.kill()
+        return process
+
+    monkeypatch.setattr(executor, "_start", start)
+    dying = {1}
+    assert executor.inspect(spec.model_dump(mode="json"))["space"]
+    assert len(started) == 2
+    executor._end(started[1])
+    dying = {3, 4, 5}
+    with pytest.raises(WorkerLost, match="died checking the spec"):
+        executor.inspect(spec.model_dump(mode="json"))
+    assert len(started) == 4
+    executor.close(now=True)
