@@ -20,9 +20,10 @@ over the candidates in between. mergekit-evolve scores one item at a time, whate
 says, when it merges in memory; --batch-size 1 makes us do the same.
 
 The scores are compared too, on mergekit-evolve's best candidate: its weights in float32 through
-its lm-eval and our scorer must give the same outcomes, item by item. In its own bfloat16 batches
-of other shapes round differently, and it computes the merge itself in bfloat16, we in float32:
-these differences are printed.
+its lm-eval and our scorer must give the same outcomes, item by item. What it printed differs from
+what its saved model scores: in memory it rounds the model's rotary frequencies to bfloat16 with the
+weights; rounded so, one item at a time, we should get its score. Also printed: the score of its
+weights as transformers loads them, and of its genome merged by us, in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from process_tree import Usage, measure
@@ -283,7 +284,7 @@ def compare_scores(arguments: argparse.Namespace, folder: Path, theirs: Search) 
     evomerge = Path(sys.executable).with_name("evomerge")
     run([evomerge, "merge", folder / "best.yml", folder / "merged"], folder)
     expected = their_outcomes(arguments, folder, final)
-    found = our_outcomes(folder, final, "float32", "auto")
+    found = our_outcomes(folder, final, "float32")
     differing = sum(
         a != b for task in TASKS for a, b in zip(expected[task], found[task], strict=True)
     )
@@ -291,12 +292,14 @@ def compare_scores(arguments: argparse.Namespace, folder: Path, theirs: Search) 
     print(f"  its weights in float32, its lm-eval      {total(expected):8.4f}")
     print(f"  its weights in float32, ours             {total(found):8.4f}", end="")
     print(f"  {differing} of {len(TASKS) * arguments.items} items differ")
-    print(f"  its weights in bfloat16, as it printed   {told:8.4f}")
-    singly, batched = (our_outcomes(folder, final, "bfloat16", size) for size in (1, "auto"))
-    print(f"  its weights in bfloat16, ours, singly    {total(singly):8.4f}")
-    print(f"  its weights in bfloat16, ours, batched   {total(batched):8.4f}")
-    own = total(our_outcomes(folder, folder / "merged", "bfloat16", "auto"))
-    print(f"  its genome, merged and scored by us      {own:8.4f}")
+    same = total(our_outcomes(folder, final, "bfloat16", as_theirs=True))
+    loaded, merged = (
+        total(our_outcomes(folder, path, "bfloat16")) for path in (final, folder / "merged")
+    )
+    print(f"  in bfloat16 in its memory, as it printed {told:8.4f}")
+    print(f"  in bfloat16 in its memory, ours          {same:8.4f}")
+    print(f"  in bfloat16 as loaded, ours              {loaded:8.4f}")
+    print(f"  its genome, merged by us, ours           {merged:8.4f}")
     return not differing
 
 
@@ -326,7 +329,7 @@ def their_outcomes(
 
 
 def our_outcomes(
-    folder: Path, checkpoint: Path, dtype: str, batch_size: int | Literal["auto"]
+    folder: Path, checkpoint: Path, dtype: str, *, as_theirs: bool = False
 ) -> dict[str, tuple[float, ...]]:
     """Item by item, by the resident scorer, on the search part of the items."""
     from evomerge.checkpoints import Checkpoint
@@ -338,7 +341,9 @@ def our_outcomes(
     _, tokenizer = load_model(Checkpoint.open(str(folder / "zoo" / "base")))
     tasks = [{"task": task, "metric": metric} for task, metric in TASKS.items()]
     wanted = Objective.model_validate({"tasks": tasks, "include_path": str(folder / "ours")})
-    evaluation = Evaluation(batch_size=batch_size)
+    if as_theirs:
+        model.bfloat16()  # casts the rotary frequencies too, which loading in bfloat16 does not
+    evaluation = Evaluation(batch_size=1 if as_theirs else "auto")
     score = ResidentScorer(model, tokenizer, wanted, evaluation).score("search")
     return {task: score.tasks[task].outcomes for task in TASKS}
 
