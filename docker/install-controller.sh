@@ -8,5 +8,5 @@ python=${PYTHON:-python3}
 
 "$python" -m pip install --no-cache-dir \
     -c "$source/constraints.txt" -c "$source/docker/constraints.txt" \
-    "$source[ray,dashboard]" 'ray[default]' 'psycopg[binary]'
+    "$source[ray,dashboard,postgres]" 'ray[default]'
 "$python" -m pip check
