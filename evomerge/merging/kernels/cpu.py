@@ -62,7 +62,7 @@ def run(program: Program, base: Tensor | None, sources: Sequence[Tensor], out: T
     first = _Pass(guess, base, sources, out, counting=True)
     finite = first.over(0, out.numel())
     right = tie_sign(rule, first.balance)
-    if right != 1 and finite:
+    if right != 1 and finite and first.tied():
         again = _Pass(_settled(program, right), base, sources, out)
         for begin, end in first.tied():
             finite = again.over(begin, end) and finite
@@ -172,7 +172,7 @@ class _Pass:
         table[fused.OUT] = 0 if out is None else out.data_ptr()
         table[fused.TIED] = self._flags.ctypes.data
         if election is not None:
-            real[fused.SCALE], real[fused.TIE] = election.scale, election.tie
+            real[fused.SCALE] = election.scale
         for r, (row, tensor) in enumerate(zip(self._rows, self._read, strict=True)):
             at = fused.slot(r, 0)
             cut, top = row.cut or KEEP_ALL, row.top or KEEP_NONE
@@ -237,6 +237,6 @@ def _shape(
         vote=aggregate,
         scaled=vote.scale != 1,
         open=counting,
-        neutral=vote.tie == 0,
+        tie=vote.tie,
         positive=all(np.float32(row.weight) >= _NO_WEIGHT for row in rows),
     )

@@ -6,11 +6,12 @@ So a 32-bit word of a 16-bit dtype is a shift or a mask away from its two number
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from llvmlite import ir
 
-from evomerge.merging.kernels.machine import F32, I32, Kernel, Value, constant, lanes
+from evomerge.merging.kernels.machine import F32, I1, I32, Kernel, Value, constant, lanes
 
 BF16, FP16, FP32 = 0, 1, 2
 SIZES = {BF16: 2, FP16: 2, FP32: 4}
@@ -30,6 +31,16 @@ def floats() -> ir.VectorType:
 
 def integers() -> ir.VectorType:
     return ir.VectorType(I32, lanes())
+
+
+def masks() -> ir.VectorType:
+    return ir.VectorType(I1, lanes())
+
+
+def joined(pair: Sequence[Value]) -> Value:
+    """The lanes of one after those of the other."""
+    even, odd = pair
+    return even.shuffled(odd, list(range(width())))
 
 
 def width() -> int:
@@ -98,7 +109,8 @@ def _zipped(low: list[int], high: list[int]) -> list[int]:
 def _to_bfloat(x: Value) -> Value:
     """The rounded number in the upper half."""
     bits = pattern(x)
-    return bits + 0x7FFF + ((bits >> 16) & 1)
+    odd = ~(bits & 0x10000).equals(0)
+    return odd.select(bits + 0x8000, bits + 0x7FFF)
 
 
 def _to_half(x: Value) -> Value:

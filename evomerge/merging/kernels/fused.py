@@ -21,19 +21,20 @@ from evomerge.merging.kernels.formats import (
     floats,
     integers,
     magnitude,
+    joined,
+    masks,
     pattern,
     read,
     real,
-    width,
     write,
 )
-from evomerge.merging.kernels.machine import F32, I1, I8, I32, I64, Kernel, Value, Variable, lanes
+from evomerge.merging.kernels.machine import F32, I1, I8, I32, I64, Kernel, Value, lanes
 from evomerge.merging.kernels.walking import walk
 
 PIECE = 2048
 """Elements between two looks at what was counted."""
 
-BASE, OUT, SCALE, TIE, BALANCE, BAD, TIED, ROWS = range(8)
+BASE, OUT, SCALE, BALANCE, BAD, TIED, ROWS = range(7)
 """Places in the table; TIED is the address of a byte per piece of the tensor."""
 SOURCE, FACTOR, WEIGHT, PATTERN, LEFT, UPTO, KEY, LEAST = range(8)
 """Places of a row in the table, which starts at ROWS + 8·r. A row keeps patterns above PATTERN, and
@@ -52,7 +53,7 @@ class Shape:
     no `out` writes nothing.
 
     `careful` keeps the sign of zeros and NaN among what is left out. `counts` counts what equals a
-    cut, `open` the balance of the votes and where they tie; `neutral` is a tie of sign 0.
+    cut, `open` the balance of the votes and where they tie, which must be taken for positive then.
     `positive` says that no weights can add up to less than a divisor may be.
     """
 
@@ -67,7 +68,7 @@ class Shape:
     careful: bool = True
     counts: bool = False
     open: bool = False
-    neutral: bool = False
+    tie: int = 0
     positive: bool = False
 
 
@@ -95,8 +96,9 @@ class _Merge(Kernel):
         self.weights = [self._everywhere(slot(r, WEIGHT), F32) for r in self.rows]
         self.uptos = [self._everywhere(slot(r, UPTO), I32) for r in self.rows]
         self.leasts = [self._everywhere(slot(r, LEAST), I32) for r in self.rows]
+        self.patterns = [self._everywhere(slot(r, PATTERN), I32) for r in self.rows]
         self.keys = [self._everywhere(slot(r, KEY), I64) for r in self.rows]
-        self.scale, self.tie = self._everywhere(SCALE, F32), self._everywhere(TIE, F32)
+        self.scale = self._everywhere(SCALE, F32)
         operands = [(code, self.address(slot(r, SOURCE))) for r, code in enumerate(shape.sources)]
         if shape.base is not None:
             operands.append((shape.base, self.address(BASE)))
@@ -113,7 +115,7 @@ class _Merge(Kernel):
         self.balance = self.variable(nothing)
         self.equals = [self.variable(nothing) for _ in self.rows]
         self.bad = self.variable(self.value(floats(), 0.0))
-        self.tied = self.variable(nothing)
+        self.tied = self.variable(self.value(masks(), 0))
         place, step = self.variable(self.begin), self.variable(self.value(I64, PIECE))
         with self.repeat(lambda: place.value < self.end):
             here = place.value
@@ -164,8 +166,9 @@ class _Merge(Kernel):
 
     def _piece(self, here: Value, stop: Value) -> None:
         nothing = self.value(I64, 0)
-        for cell in (self.balance, self.tied, *self.equals):
+        for cell in (self.balance, *self.equals):
             cell.value = nothing
+        self.tied.value = self.value(masks(), 0)
         self.bad.value = self.value(floats(), 0.0)
         self.aboves = [
             (self.slot(slot(r, PATTERN)) - (self._left(r) > 0).widened(I64))
@@ -181,19 +184,22 @@ class _Merge(Kernel):
             self.set_slot(BAD, self.value(I64, 1))
         if self.shape.open:
             self.set_slot(BALANCE, self.slot(BALANCE) + self.balance.value)
-            with self.when(self.tied.value > 0):
+            with self.when(self.tied.value.any()):
                 flags = self.address(TIED)
                 self.store(self.value(I8, 1), flags, here >> (PIECE.bit_length() - 1))
 
     def _body(
         self, parts: Sequence[Value], target: Value | None, index: Value, first: Value
     ) -> None:
+        for part in parts:
+            self.prefetch(part, index)
         pairs = [
             read(self, code, part, index)
             for (code, _), part in zip(self.operands, parts, strict=True)
         ]
         drawn = self._draws(index + first) if self.shape.draws else None
         base = pairs[-1] if self.shape.base is not None else None
+        self.seen: list[list[Value]] = [[] for _ in self.rows]
         even, odd = (
             self._merged(
                 [pairs[r][half] for r in self.rows],
@@ -202,6 +208,9 @@ class _Merge(Kernel):
             )
             for half in (0, 1)
         )
+        for cell, seen in zip(self.equals, self.seen, strict=True):
+            if seen:
+                cell.value = cell.value + joined(seen).ones()
         if self.shape.out is None:
             return
         assert target is not None
@@ -264,7 +273,7 @@ class _Merge(Kernel):
             size = magnitude(x)
             rules.append(size > self.aboves[r])
             if self.shape.counts:
-                self._count(self.equals[r], size.equals(self.slot_of_pattern(r)), 1)
+                self.seen[r].append(size.equals(self.patterns[r]))
         if self.shape.tops:
             rules.append(magnitude(x) <= self.uptos[r])
         if draws is not None:
@@ -274,37 +283,33 @@ class _Merge(Kernel):
             kept = rule if kept is None else kept & rule
         return kept
 
-    def slot_of_pattern(self, r: int) -> Value:
-        return self._everywhere(slot(r, PATTERN), I32)
-
-    def _count(self, cell: Variable, mask: Value, factor: int) -> None:
-        cell.value = cell.value + mask.ones() * factor
-
     def _consensus(self, votes: Sequence[Value], total: Value) -> Value:
         """λ·consensus, as in `election.consensus`. A vote of 0 has either sign: it is none."""
-        zero = total.equals(0.0)
-        leaning = total if self.shape.neutral else zero.select(self.tie, total)
-        flip = pattern(leaning) & SIGN
+        flip = pattern(total) & SIGN  # only where there is no vote can a total be −0
+        if self.shape.tie < 0:
+            flip = total.equals(0.0).select(self.value(integers(), SIGN), flip)
         turned = [real(pattern(vote) ^ flip) for vote in votes]
-        agree = [x > 0.0 for x in turned]
-        if self.shape.neutral:
-            agree = [mask & ~zero for mask in agree]
+        agree = [x.above_or_nan(0.0) for x in turned]  # NaN shows in what is merged
+        if self.shape.tie == 0:
+            agree = [mask & ~total.equals(0.0) for mask in agree]
         if self.shape.vote == "max":
             merged = self._largest(turned, agree, flip)
-            unsummed = total.is_nan().select(total, 0.0)  # a sum may overflow
+            for vote in votes:
+                self.bad.value = vote.fused(0.0, self.bad.value)
         else:
-            merged, unsummed = self._agreed(votes, agree), total
-        self.bad.value = unsummed.fused(0.0, self.bad.value)
+            merged = self._agreed(votes, agree)
         if self.shape.open:
-            self._ballot(total, zero, merged)
+            self._ballot(total, merged)
         if self.shape.vote == "mean":
             merged = merged / self._divisor(agree)
         return merged * self.scale if self.shape.scaled else merged
 
-    def _ballot(self, total: Value, zero: Value, merged: Value) -> None:
-        self._count(self.balance, total > 0.0, 1)
-        self._count(self.balance, total < 0.0, -1)
-        self._count(self.tied, zero & (merged > 0.0), 1)
+    def _ballot(self, total: Value, merged: Value) -> None:
+        """The balance: all lanes but the zeros are negative, or positive, which weighs twice."""
+        zero = total.equals(0.0)
+        positive = (total > 0.0).ones()
+        self.balance.value = self.balance.value + (positive << 1) + zero.ones() - lanes()
+        self.tied.value = self.tied.value | (zero & (merged > 0.0))
 
     def _agreed(self, votes: Sequence[Value], agree: Sequence[Value]) -> Value:
         merged = agree[0].select(votes[0], 0.0)
@@ -327,6 +332,3 @@ class _Merge(Kernel):
             return (by > _NO_WEIGHT).select(by, _NO_WEIGHT)
         size = real(magnitude(by))
         return (size < _NO_WEIGHT).select(self.value(floats(), 1.0), by)
-
-
-__all__ = ["PIECE", "Shape", "compiled", "integers", "slot", "width"]

@@ -112,6 +112,11 @@ class Value:
         """Unsigned <."""
         return Value(self.builder, self.builder.icmp_unsigned("<", self.raw, self._of(other)))
 
+    def above_or_nan(self, other: Any) -> Value:
+        """Of floats: >, or one of them is NaN."""
+        raw = self.builder.fcmp_unordered(">", self.raw, self._of(other))
+        return Value(self.builder, raw)
+
     def is_nan(self) -> Value:
         return Value(self.builder, self.builder.fcmp_unordered("uno", self.raw, self.raw))
 
@@ -232,6 +237,13 @@ class Kernel:
         suffix = ".".join("p0" if kind is POINTER else "i64" for kind in kinds if kind is not I8)
         function = _intrinsic(self.builder, f"llvm.{name}.{suffix}", ir.VoidType(), [*kinds, I1])
         self.builder.call(function, [*(a.raw for a in arguments), I1(0)])
+
+    def prefetch(self, pointer: Value, index: Value) -> None:
+        place = self.at(pointer, index * 2 + 1024)
+        function = _intrinsic(
+            self.builder, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32]
+        )
+        self.builder.call(function, [place.raw, I32(0), I32(3), I32(1)])
 
     def least(self, a: Value, b: Any) -> Value:
         return (a < b).select(a, b)
