@@ -60,6 +60,17 @@ class Slice:
     base: str | None
 
 
+def with_one_module(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A file of one module, as mergekit-evolve writes its results, without that level."""
+    modules = document.get("modules")
+    if not isinstance(modules, Mapping) or len(modules) != 1:
+        return document
+    (inner,) = modules.values()
+    if not isinstance(inner, Mapping):
+        return document
+    return {key: value for key, value in document.items() if key != "modules"} | dict(inner)
+
+
 def unsupported(document: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with a file's top-level keys, but for the method's and the models'."""
     for key in document:

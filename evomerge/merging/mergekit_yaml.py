@@ -30,6 +30,7 @@ from evomerge.merging.mergekit_stack import (
     read_setting,
     read_slices,
     unsupported,
+    with_one_module,
 )
 from evomerge.merging.mergekit_values import joined
 from evomerge.merging.methods import registry
@@ -48,6 +49,7 @@ def read_mergekit(document: Mapping[str, Any], folder: Path, *, subject: str = "
     if "genome" in document:
         fault = "is a mergekit-evolve file; `evomerge run FILE` searches what it describes"
         raise SpecError(subject, [fault])
+    document = with_one_module(document)
     faults = list(unsupported(document))
     method = _method(document, faults)
     slices = read_slices(document, folder, faults)

@@ -267,6 +267,14 @@ def test_adapters_and_revisions_are_models(read: Any, tmp_path: Path) -> None:
     assert [source.name for source in recipe.sources] == ["lora", "lora_2", "far@v1", "far@v2"]
 
 
+def test_a_file_of_one_module(read: Any) -> None:
+    """mergekit-evolve writes its results so."""
+    plain = read(f"{SLICES}{TO_BASE}task_arithmetic")
+    inner = SLICES.strip().replace("\n", "\n    ")
+    wrapped = read(f"modules:\n  default:\n    {inner}\n{TO_BASE}task_arithmetic")
+    assert wrapped.to_json() == plain.to_json()
+
+
 def test_slerp_whose_slices_start_from_either_model(read: Any) -> None:
     text = """
 slices:
@@ -315,7 +323,7 @@ WEIGHTED = "models: [{model: a, parameters: {weight: 1}}]\n"
         (f"{WEIGHTED}merge_method: ties", "base_model: missing"),
         (f"models: [{{model: a}}]\n{TO_BASE}ties", "models.0: ties needs 'weight'"),
         (f"{WEIGHTED}{TO_BASE}tise", "merge_method: unknown 'tise'; did you mean 'ties'?"),
-        (f"{WEIGHTED}{TO_BASE}ties\nmodules: {{}}", "modules: "),
+        (f"{WEIGHTED}{TO_BASE}ties\nmodules: {{a: {{}}, b: {{}}}}", "modules: "),
         (f"{WEIGHTED}{TO_BASE}ties\nchat_template: [chatml]", "chat_template: expected a name"),
         (f"{WEIGHTED}{TO_BASE}ties\ntokenizer_source: [a]", "tokenizer_source: base, union, inter"),
         (f"{WEIGHTED}{TO_BASE}ties\ntokenizer: {{source: b}}", "tokenizer: 'b' is not one of the"),
