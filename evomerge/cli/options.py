@@ -25,6 +25,13 @@ AsJson = Annotated[
 ]
 
 
+def without_password(url: str) -> str:
+    """A store's URL as it may be printed: logs of a cluster are read by many."""
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
+
+
 def print_json(document: Any) -> None:
     """One JSON document on standard output."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))

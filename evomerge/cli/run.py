@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json
+from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json, without_password
 from evomerge.spec import StudySpec
 from evomerge.store import open_store
 
@@ -74,7 +74,7 @@ def show_report(report: Report, store: str, *, json: bool) -> None:
         print_json(report.to_json())
         return
     print_report(report, Console(file=sys.stdout))
-    option = "" if store == DEFAULT_STORE else f" --store {store}"
+    option = "" if store == DEFAULT_STORE else f" --store {without_password(store)}"
     next_steps = {
         f"evomerge best {report.study}{option} --export DIR": "take the winner home",
         f"evomerge report {report.study}{option} -o FILE.html": "the whole story in one page",

@@ -12,7 +12,7 @@ from types import FrameType
 
 import typer
 
-from evomerge.cli.options import DEFAULT_STORE
+from evomerge.cli.options import DEFAULT_STORE, without_password
 from evomerge.documents import read_yaml
 from evomerge.errors import SpecError, UserError
 from evomerge.service.controller import Controller, Mirror
@@ -95,7 +95,9 @@ def _inspected(spec: StudySpec, executor_name: str) -> list[str]:
 
 def resume_command(study: str, url: str) -> str:
     """What to type to go on with a study."""
-    return f"evomerge resume {study}" + ("" if url == DEFAULT_STORE else f" --store {url}")
+    return f"evomerge resume {study}" + (
+        "" if url == DEFAULT_STORE else f" --store {without_password(url)}"
+    )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import DEFAULT_STORE, Store
+from evomerge.cli.options import DEFAULT_STORE, Store, without_password
 
 database = typer.Typer(help="The store's tables.", no_args_is_help=True)
 
@@ -36,4 +36,4 @@ def upgrade(store: Store = DEFAULT_STORE) -> None:
     from evomerge.store.migrations import upgrade as upgrade_store
 
     upgrade_store(store)
-    typer.echo(f"{store} is up to date", err=True)
+    typer.echo(f"{without_password(store)} is up to date", err=True)

@@ -21,6 +21,7 @@ import evomerge
 from evomerge.cli.main import app
 from evomerge.cli.main import main as command_line
 from evomerge.cli.read import score_json
+from evomerge.cli.running import resume_command
 from evomerge.service.liveness import process_start
 from evomerge.store.base import Controller
 from evomerge.store.sql import SqlStore
@@ -292,3 +293,10 @@ def test_colour_is_off_where_asked(url: str) -> None:
     os.close(ours)
     assert "zoo-ties" in text
     assert "\x1b[3" not in text
+
+
+def test_no_hint_prints_a_password() -> None:
+    hint = resume_command("mine", "postgresql+psycopg://me:secret@host/db")
+    assert "secret" not in hint
+    assert hint.endswith("--store postgresql+psycopg://me:***@host/db")
+    assert resume_command("mine", "sqlite:///other.db").endswith("--store sqlite:///other.db")
