@@ -6,9 +6,10 @@ methods' own torch functions. Knows no method and no recipe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -19,8 +20,14 @@ from evomerge.merging.kernels.cpu import CODES
 from evomerge.merging.methods.reductions import LANES, SEGMENT, added, pairwise_sum
 from evomerge.merging.methods.selection import KEEP_ALL, Cut, Quota
 
-_PLACES = 1 << 18
-"""Places of the table in which distinct magnitudes are counted; half of them may be taken."""
+Kernel: TypeAlias = Callable[[int, int, int], int]
+
+_SAMPLE = 1 << 13
+"""Elements by which the place of a magnitude is guessed."""
+_BIN_BITS = 17
+"""Log2 of how many bins magnitudes are counted in: they lie in a core's second cache."""
+_SPAN = 64
+"""Segments whose sums are held at a time."""
 
 
 class Store(Protocol):
@@ -80,27 +87,39 @@ class Facts:
 
     def gram(self, *, from_base: bool) -> list[float]:
         """⟨vᵢ, vⱼ⟩ (i ≤ j, by rows), in float64; v is θ, or τ with `from_base`."""
-        from evomerge.merging.kernels import loops
-
         key = self._key(f"gram-{from_base}", self.source_keys, from_base)
         known = self.store.get(key) if self.store else None
         if known is not None:
             return [float(value) for value in known]
-        count = len(self.sources)
-        addresses = np.array([source.data_ptr() for source in self.sources], np.int64)
-        codes = np.array([CODES[source.dtype] for source in self.sources], np.int64)
-        base = self.base if from_base else None
-        address, code = (base.data_ptr(), CODES[base.dtype]) if base is not None else (0, 0)
-        size, found = self.sources[0].numel(), []
-        for start in range(0, size, SEGMENT):
-            sums = np.zeros((count * (count + 1) // 2, LANES))
-            stop = min(start + SEGMENT, size)
-            loops.products(addresses, codes, address, code, from_base, start, stop, sums)
-            found.append(pairwise_sum(torch.from_numpy(sums)))
-        products = added(torch.stack(found)) if found else []
+        products = added(self._sums(self.base if from_base else None))
         if self.store:
             self.store.put(key, np.array(products, np.float64))
         return products
+
+    def _sums(self, base: Tensor | None) -> Tensor:
+        """Every segment's sums of products. Shapes: [segments, s·(s+1)/2] float64."""
+        found = [
+            pairwise_sum(torch.from_numpy(self._lanes(base, start, start + _SPAN * SEGMENT)))
+            for start in range(0, self.sources[0].numel(), _SPAN * SEGMENT)
+        ]
+        return torch.cat(found) if found else torch.zeros(0, 0)
+
+    def _lanes(self, base: Tensor | None, start: int, stop: int) -> NDArray[np.float64]:
+        """Segments' sums by lanes. Shapes: [segments, s·(s+1)/2, 512]."""
+        from evomerge.merging.kernels import products
+
+        operands = [None if base is None else base[start:stop]]
+        operands += [source[start:stop] for source in self.sources]
+        count, size = len(self.sources), len(self.sources[0][start:stop])
+        codes = tuple(CODES[source.dtype] for source in self.sources)
+        kernel = products.products(codes, None if base is None else CODES[base.dtype])
+        sums = np.zeros((-(-size // SEGMENT), count * (count + 1) // 2, LANES))
+        whole = size // LANES * LANES
+        _called(kernel, operands, sums, whole)
+        if whole < size:
+            rest = [None if x is None else _filled_up(x[whole:]) for x in operands]
+            _called(kernel, rest, sums[-1:], LANES)
+        return products.in_order(sums)
 
     def _magnitudes(self, source: int) -> NDArray[np.int64] | None:
         """Distinct magnitudes, descending, and how many there are down to each [2, m]; empty if
@@ -116,39 +135,112 @@ class Facts:
         return found if found.shape[1] else None
 
     def _tabulated(self, source: int) -> NDArray[np.int64]:
-        from evomerge.merging.kernels import loops
+        from evomerge.merging.kernels import magnitudes
 
-        keys, counts = np.full(_PLACES, -1, np.int64), np.zeros(_PLACES, np.int64)
-        if not loops.tabulate(*self._places(source), keys, counts):
+        places = 1 << magnitudes.PLACES_BITS
+        keys, counts = np.full(places, -1, np.int64), np.zeros(places, np.int64)
+        table = self._table(source, keys.ctypes.data, counts.ctypes.data)
+        if self._run(magnitudes.tabulate, source, table) < 0:
             return np.zeros((2, 0), np.int64)
-        taken = keys >= 0
+        counts[keys == 0] -= self._padding(source)
+        taken = counts > 0
         order = np.argsort(-keys[taken])
         return np.stack([keys[taken][order], counts[taken][order].cumsum()])
 
     def _selected(self, source: int, count: int) -> tuple[int, int, int]:
-        from evomerge.merging.kernels import loops
+        """The pattern of the count-th largest magnitude, its rank among equals, and their number.
 
-        bins = np.zeros((4, 1 << 16), np.int32)
-        loops.histogram(*self._places(source), bins)
-        upper, rest, _ = _from_top(bins.sum(0, dtype=np.int64), count)
-        lower = np.zeros(1 << 15, np.int64)
-        loops.within_bin(*self._places(source), upper, lower)
-        low, needed, equal = _from_top(lower, rest)
-        return (upper << 15) | low, needed, equal
+        A sample says about where it is, one pass counts what is there and what is above; more
+        passes only where the sample was wrong, or says too little.
+        """
+        low, high = self._bracket(source, count)
+        while True:
+            shift = max(0, (high - low - 1).bit_length() - _BIN_BITS)
+            above, bins = self._counted(source, low, high - low, shift)
+            if not above < count <= above + int(bins.sum()):
+                low, high = 0, 1 << 31
+                continue
+            digit, rest, equal = _from_top(bins, count - above)
+            low += digit << shift
+            high = low + (1 << shift)
+            if shift == 0:
+                return low, rest, equal
+
+    def _bracket(self, source: int, count: int) -> tuple[int, int]:
+        """Patterns between which the count-th largest magnitude lies, but for bad luck."""
+        size = self.sources[source].numel()
+        if size < 4 * _SAMPLE:
+            return 0, 1 << 31
+        runs = torch.arange(0, size - 32, size // (_SAMPLE // 32))
+        places = (runs[:, None] + torch.arange(32)).flatten()
+        patterns = np.sort(self._patterns(source, places).numpy())
+        rank = len(patterns) * (1 - count / size)
+        slack = 5 * math.sqrt(rank * count / size) + 2
+        low, high = math.floor(rank - slack), math.ceil(rank + slack)
+        return (
+            int(patterns[low]) if low > 0 else 0,
+            int(patterns[high]) + 1 if high < len(patterns) else 1 << 31,
+        )
+
+    def _counted(
+        self, source: int, low: int, span: int, shift: int
+    ) -> tuple[int, NDArray[np.int64]]:
+        """How many magnitudes are above a span of patterns, and how many of it are in each bin."""
+        from evomerge.merging.kernels import magnitudes
+
+        bins = np.zeros(((span - 1) >> shift) + 1, np.int64)
+        table = self._table(source, low, span, shift, bins.ctypes.data, 0)
+        self._run(magnitudes.count, source, table)
+        if low == 0:
+            bins[0] -= self._padding(source)
+        return int(table[magnitudes.ABOVE]), bins
 
     def _located(self, source: int, pattern: int, needed: int) -> Cut:
-        from evomerge.merging.kernels import loops
+        from evomerge.merging.kernels import magnitudes
 
-        return Cut(pattern, int(loops.locate(*self._places(source), pattern, needed)))
+        table = self._table(source, pattern, needed)
+        begin = self._run(magnitudes.locate, source, table)
+        part = torch.arange(begin, min(begin + 64, self.sources[source].numel()))
+        equal = (self._patterns(source, part) == pattern).nonzero()
+        return Cut(pattern, begin + int(equal[int(table[magnitudes.NEEDED]) - 1]))
 
-    def _places(self, source: int) -> tuple[int, int, int, int, int]:
-        tensor, base = self.sources[source], self.base
-        assert base is not None
-        address = base.data_ptr()
-        return tensor.data_ptr(), CODES[tensor.dtype], address, CODES[base.dtype], tensor.numel()
+    def _patterns(self, source: int, places: Tensor) -> Tensor:
+        assert self.base is not None
+        tau = self.sources[source][places].float() - self.base[places].float()
+        return tau.abs_().view(torch.int32)
+
+    def _padding(self, source: int) -> int:
+        """The zeros that a walk adds at the end."""
+        from evomerge.merging.kernels.formats import width
+
+        return -self.sources[source].numel() % width()
+
+    def _table(self, source: int, *numbers: int) -> NDArray[np.int64]:
+        assert self.base is not None
+        addresses = self.sources[source].data_ptr(), self.base.data_ptr()
+        return np.array([*addresses, *numbers], np.int64)
+
+    def _run(self, loop: Callable[[int, int], Kernel], source: int, table: NDArray[np.int64]) -> int:
+        assert self.base is not None
+        tensor = self.sources[source]
+        code = loop(CODES[tensor.dtype], CODES[self.base.dtype])
+        return code(table.ctypes.data, 0, tensor.numel())
 
     def _key(self, kind: str, sources: Sequence[str], from_base: bool) -> str:
         return "|".join([kind, self.base_key if from_base else "", *sources])
+
+
+def _called(
+    kernel: Kernel, operands: Sequence[Tensor | None], sums: NDArray[np.float64], end: int
+) -> None:
+    base, *sources = (0 if x is None else x.data_ptr() for x in operands)
+    table = np.array([base, sums.ctypes.data, *sources], np.int64)
+    kernel(table.ctypes.data, 0, end)
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    """With zeros to as many elements as there are lanes."""
+    return torch.cat([x, x.new_zeros(LANES - len(x))])
 
 
 def _from_top(histogram: NDArray[np.int64], count: int) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from llvmlite import ir
 from evomerge.merging.kernels.formats import (
     FP32,
     SIGN,
+    SIZES,
     Pair,
     floats,
     integers,
@@ -29,7 +30,7 @@ from evomerge.merging.kernels.formats import (
     write,
 )
 from evomerge.merging.kernels.machine import F32, I1, I8, I32, I64, Kernel, Value, lanes
-from evomerge.merging.kernels.walking import walk
+from evomerge.merging.kernels.walking import AHEAD, walk
 
 PIECE = 2048
 """Elements between two looks at what was counted."""
@@ -191,8 +192,8 @@ class _Merge(Kernel):
     def _body(
         self, parts: Sequence[Value], target: Value | None, index: Value, first: Value
     ) -> None:
-        for part in parts:
-            self.prefetch(part, index)
+        for (code, _), part in zip(self.operands, parts, strict=True):
+            self.prefetch(part, index + AHEAD, SIZES[code])
         pairs = [
             read(self, code, part, index)
             for (code, _), part in zip(self.operands, parts, strict=True)

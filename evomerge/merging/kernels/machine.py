@@ -157,16 +157,21 @@ class Value:
         one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), self.raw, I32(0))
         return Value(self.builder, one).shuffled(Value(self.builder, one), [0] * count)
 
+    def word(self) -> Value:
+        """A mask as the bits of an int64."""
+        return self.cast(ir.IntType(self.type.count)).widened(I64)
+
+    def lowest(self) -> Value:
+        """The place of the lowest bit that is set; not of 0."""
+        return Value(self.builder, self.builder.cttz(self.raw, I1(1)))
+
     def ones(self) -> Value:
         """How many lanes of a mask are set, as int64."""
-        wide = self.cast(ir.IntType(self.type.count)).widened(I64)
-        return Value(self.builder, self.builder.ctpop(wide.raw))
+        return Value(self.builder, self.builder.ctpop(self.word().raw))
 
     def any(self) -> Value:
         """Whether a lane of a mask is set."""
-        word = ir.IntType(self.type.count)
-        raw = self.builder.icmp_unsigned("!=", self.cast(word).raw, word(0))
-        return Value(self.builder, raw)
+        return ~self.word().equals(0)
 
 
 def constant(kind: Any, value: Any) -> Any:
@@ -238,12 +243,16 @@ class Kernel:
         function = _intrinsic(self.builder, f"llvm.{name}.{suffix}", ir.VoidType(), [*kinds, I1])
         self.builder.call(function, [*(a.raw for a in arguments), I1(0)])
 
-    def prefetch(self, pointer: Value, index: Value) -> None:
-        place = self.at(pointer, index * 2 + 1024)
-        function = _intrinsic(
-            self.builder, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32]
-        )
+    def prefetch(self, pointer: Value, index: Value, size: int) -> None:
+        """Fetches an element of so many bytes ahead of its use; it need not exist."""
+        place = self.at(pointer, index * size)
+        kinds = [POINTER, I32, I32, I32]
+        function = _intrinsic(self.builder, "llvm.prefetch.p0", ir.VoidType(), kinds)
         self.builder.call(function, [place.raw, I32(0), I32(3), I32(1)])
+
+    def increment(self, counts: Value, index: Value) -> None:
+        """Adds 1 to an int64 of an array."""
+        self.store(self.load(I64, counts, index << 3) + 1, counts, index << 3)
 
     def least(self, a: Value, b: Any) -> Value:
         return (a < b).select(a, b)

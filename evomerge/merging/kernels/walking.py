@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from evomerge.merging.kernels.formats import SIZES, width
 from evomerge.merging.kernels.machine import I8, I64, Kernel, Value
 
+AHEAD = 1024
+"""Elements by which a walk fetches ahead: past the lines that the processor fetches itself."""
+
 Body = Callable[[Sequence[Value], Value | None, Value, Value], None]
 """Given addresses of the operands' and the result's part, an index into it, and the tensor's index
 of the part's first element."""
