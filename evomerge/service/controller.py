@@ -8,9 +8,10 @@ watches is called back.
 from __future__ import annotations
 
 import time
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Protocol
 
 from evomerge.sampling.base import Sampler, Told
@@ -32,7 +33,9 @@ class Mirror(Protocol):
     """Shows finished trials elsewhere; may lag, never decides."""
 
     def sync(self, trials: Sequence[Trial]) -> int:
-        """Add the finished trials that the mirror lacks; how many there were."""
+        """Add those of the trials that are finished and not there yet; how many there were. What
+        cannot be added now is kept for the next call.
+        """
 
 
 class Controller:
@@ -63,8 +66,7 @@ class Controller:
         self._time_s = time_s
         self._weights = {task.task: task.weight for task in spec.objective.tasks}
         self._first = sum(t.kind != "search" for t in ledger.trials)
-        self._untold: list[int] = []  # numbers of search trials, ascending
-        self._asked_before_tell: list[int] = []  # for each tell in turn, how many were asked for
+        self._asked_before_tell = array("q")  # for each tell in turn, how many were asked for
         self._stopping = self._stopping_now = False
         self._renewed_s = self._watched_s = time_s()
 
@@ -90,12 +92,9 @@ class Controller:
 
     def _restore(self) -> None:
         """Replay what was told, in the order it was told; queue what is not finished."""
-        searched = [t for t in self._ledger.trials if t.kind == "search"]
-        told = [t for t in searched if t.tell_order is not None]
-        for trial in sorted(told, key=lambda t: t.tell_order or 0):
-            self._note_tell(trial.tell_order or 0)
-            self._sampler.tell(self._result(trial))
-        self._untold = [t.number for t in searched if t.tell_order is None]
+        for tell in self._ledger.tells():
+            self._note_tell(tell.order)
+            self._sampler.tell(self._result(tell.number, tell.genome, tell.values))
         open_trials = [t for t in self._ledger.trials if not t.state.finished]
         self._dispatcher.enqueue((t.number, "search") for t in open_trials)
 
@@ -132,7 +131,6 @@ class Controller:
             self._propose(self._first + i, i, self._sampler.ask(i)) for i in range(index, last)
         ]
         self._ledger.create(trials)
-        self._untold.extend(trial.number for trial in trials)
         self._dispatcher.enqueue((trial.number, "search") for trial in trials)
 
     def _room(self) -> int:
@@ -152,20 +150,19 @@ class Controller:
         ready = self._ready()
         for place, number in enumerate(ready):
             self._note_tell(first + place)
-            self._sampler.tell(self._result(self._ledger[number]))
+            trial = self._ledger[number]
+            values = trial.values if trial.state is State.COMPLETE else None
+            self._sampler.tell(self._result(number, trial.genome, values))
         if ready:
             self._ledger.mark_told(ready, first)
-            self._untold = [number for number in self._untold if not self._is_told(number)]
 
     def _ready(self) -> list[int]:
-        def finished(number: int) -> bool:
-            return self._ledger[number].state.finished
-
-        pick = takewhile if self._sampler.ordered else filter
-        return list(pick(finished, self._untold))
-
-    def _is_told(self, number: int) -> bool:
-        return self._ledger[number].tell_order is not None
+        """Numbers of the trials to tell now, in order."""
+        finished = self._ledger.untold
+        if not self._sampler.ordered:
+            return sorted(finished)
+        following = count(self._first + len(self._asked_before_tell))
+        return list(takewhile(finished.__contains__, following))
 
     def _note_tell(self, order: int) -> None:
         self._asked_before_tell.append(order - len(self._asked_before_tell))
@@ -187,12 +184,10 @@ class Controller:
         self._watched_s = self._time_s()
         self._watch(self._ledger, self._dispatcher.running)
         if self._mirror is not None:
-            finished = [t for t in self._ledger.trials if t.state.finished]
-            self._mirror.sync(finished)
+            self._mirror.sync(self._ledger.news())
 
-    def _result(self, trial: Trial) -> Told:
-        index = trial.number - self._first
-        values = trial.values if trial.state is State.COMPLETE else None
+    def _result(self, number: int, genome: Genome | None, values: tuple[float, ...] | None) -> Told:
+        index = number - self._first
         # only a sampler that is told in any order needs to hear it: others know by the index
         asked_at = None if self._sampler.ordered else bisect_right(self._asked_before_tell, index)
-        return Told(index, trial.genome or (), values, asked_at)
+        return Told(index, genome or (), values, asked_at)

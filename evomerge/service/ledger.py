@@ -1,19 +1,23 @@
 """The controller's view of one study: every write goes to the store first, then to memory.
 
-Knows nothing of executors and samplers. It exists so that the loop need not read the whole study
-back after each trial.
+Knows nothing of executors and samplers. It exists so that the loop need not read the study back
+after each trial, and it keeps no more of it than the loop may still ask for: a study of a hundred
+thousand trials needs no more memory than one of a thousand.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from evomerge.service.counts import Counts
 from evomerge.service.liveness import Leases
-from evomerge.store.base import Refusal, StudyRecord, StudyStore
+from evomerge.service.verdict import contenders
+from evomerge.store.base import Refusal, StudyRecord, StudyStore, Tell
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
 
 Clock = Callable[[], datetime]
@@ -24,31 +28,71 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+_PAGE = 500  # trials read at once
+_SETTLED = 256  # trials that are told before those among them that do not matter are let go
+
+Show = Callable[[Sequence[Trial]], object]
+
+
 class Ledger:
-    """One study's trials, written through to the store under one controller token."""
+    """One study's trials, written through to the store under one controller token.
+
+    `show` is given what the store has at the start, some trials at a time.
+    """
 
     def __init__(
-        self, store: StudyStore, record: StudyRecord, controller: str, *, clock: Clock = utc_now
+        self,
+        store: StudyStore,
+        record: StudyRecord,
+        controller: str,
+        *,
+        clock: Clock = utc_now,
+        show: Show = lambda trials: None,
     ) -> None:
         self.record = record
+        self.counts = Counts()
+        self.untold: set[int] = set()
         self._store = store
         self._study = record.name
         self._controller = controller
         self._clock = clock
-        self._trials = {t.number: t for t in store.trials(record.name, outcomes=False)}
+        self._finalists = int(record.spec["budget"]["finalists"])
+        self._trials: dict[int, Trial] = {}  # in the order of numbers
+        self._settled = 0  # how many of them are told since some were let go
+        self._news: dict[int, Trial] = {}
         self._live: dict[str, Attempt] = {}
         self._leases = Leases(clock)
+        for page in self._pages():
+            self._load(page)
+            show(page)
+        self.counts_before = deepcopy(self.counts)
 
     @property
     def trials(self) -> list[Trial]:
-        """Every trial by number, per-item outcomes left out."""
+        """The trials that still matter by number, per-item outcomes left out: baselines, what is
+        not finished, what is not told, and every one that may be a finalist or win.
+        """
         return list(self._trials.values())
 
     def __getitem__(self, number: int) -> Trial:
+        """One of the trials that still matter."""
         return self._trials[number]
 
     def __len__(self) -> int:
-        return len(self._trials)
+        """How many trials the study has, all told."""
+        return self.counts.trials
+
+    def news(self) -> list[Trial]:
+        """The finished trials that have changed since this was last asked for."""
+        news, self._news = self._news, {}
+        return list(news.values())
+
+    def tells(self) -> Iterator[Tell]:
+        """Every recorded tell, in order."""
+        after = -1
+        while page := self._store.told(self._study, after=after, limit=_PAGE):
+            yield from page
+            after = page[-1].order
 
     @property
     def live(self) -> Mapping[str, Attempt]:
@@ -59,7 +103,7 @@ class Ledger:
         """Record trials, all or none."""
         self._store.create_trials(self._study, trials, controller=self._controller)
         for new in trials:
-            self._trials[new.number] = Trial(
+            trial = Trial(
                 number=new.number,
                 kind=new.kind,
                 label=new.label,
@@ -68,6 +112,8 @@ class Ledger:
                 recipe_digest=new.recipe_digest,
                 state=State.WAITING,
             )
+            self._trials[new.number] = trial
+            self.counts.put(trial)
 
     def start(self, number: int, part: Part, lease_s: float) -> Attempt:
         """Open an attempt, with a token of its own."""
@@ -158,6 +204,7 @@ class Ledger:
         self._store.mark_told(self._study, orders, controller=self._controller)
         for number, order in orders.items():
             self._change(number, tell_order=order)
+        self._settle(len(orders))
 
     def renew(self, lease_s: float) -> None:
         """Stay this study's controller for another `lease_s` seconds."""
@@ -173,7 +220,7 @@ class Ledger:
 
         The store hears of it once a third of a lease is spent, of all that are due at once.
         """
-        due = self._leases.renew(self._live.keys() & set(tokens), lease_s)
+        due = self._leases.renew([t for t in dict.fromkeys(tokens) if t in self._live], lease_s)
         if not due:
             return
         until = self._clock() + timedelta(seconds=lease_s)
@@ -201,5 +248,46 @@ class Ledger:
         return self._change(number, scores=scores, state=State.COMPLETE, values=values)
 
     def _change(self, number: int, **changes: Any) -> Trial:
-        self._trials[number] = replace(self._trials[number], **changes)
-        return self._trials[number]
+        before = self._trials[number]
+        self._trials[number] = trial = replace(before, **changes)
+        self.counts.put(before, -1)
+        self.counts.put(trial)
+        self._note(trial)
+        return trial
+
+    def _note(self, trial: Trial) -> None:
+        if trial.state.finished:
+            self._news[trial.number] = trial
+        if trial.state.finished and trial.kind == "search" and trial.tell_order is None:
+            self.untold.add(trial.number)
+        else:
+            self.untold.discard(trial.number)
+
+    def _pages(self) -> Iterator[Sequence[Trial]]:
+        first = 0
+        while page := self._store.trials(
+            self._study, outcomes=False, numbers=range(first, first + _PAGE)
+        ):
+            yield page
+            first = page[-1].number + 1
+
+    def _load(self, page: Sequence[Trial]) -> None:
+        for trial in page:
+            self._trials[trial.number] = trial
+            self.counts.put(trial)
+            self._note(trial)
+        self._news.clear()  # they are shown as they are read
+        self._settle(len(page))
+
+    def _settle(self, told: int) -> None:
+        """Let go of told trials that can neither be finalists nor win."""
+        self._settled += told
+        if self._settled < _SETTLED:
+            return
+        self._settled = 0
+        kept = {trial.number for trial in contenders(self.trials, self._finalists)}
+        self._trials = {
+            number: trial
+            for number, trial in self._trials.items()
+            if trial.tell_order is None or number in kept
+        }

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 
 from evomerge.store.base import Controller
@@ -19,9 +20,21 @@ _STEPS = 4
 
 @dataclass
 class _Lease:
+    ends: timedelta  # in the time that has counted for leases of its length
+    recorded: timedelta  # when it ends as the store has it, in the same
+
+
+@dataclass
+class _OneLength:
+    """Leases of one length, in the order of their ends; `passed` is the time that has counted."""
+
     length: timedelta
-    left: timedelta
-    recorded: timedelta  # what is left of it as the store has it
+    passed: timedelta = timedelta(0)
+    leases: dict[str, _Lease] = field(default_factory=dict)
+
+    def lapsed(self) -> Iterator[str]:
+        over = takewhile(lambda item: item[1].ends < self.passed, self.leases.items())
+        return (token for token, _ in over)
 
 
 class Leases:
@@ -29,49 +42,57 @@ class Leases:
 
     The time between two looks at the clock counts for nothing where it went backwards, and for a
     quarter of a lease at most: so neither a clock that is set nor a controller that was stopped
-    for a while (suspended, waiting for its database) makes an attempt look lost.
+    for a while (suspended, waiting for its database) makes an attempt look lost. A look costs the
+    same for any number of leases.
     """
 
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._seen = clock()
-        self._leases: dict[str, _Lease] = {}
+        self._lengths: dict[timedelta, _OneLength] = {}
+        self._length_of: dict[str, _OneLength] = {}
 
     def start(self, token: str, lease_s: float) -> None:
         """A lease begins."""
         self._look()
-        length = timedelta(seconds=lease_s)
-        self._leases[token] = _Lease(length, length, length)
+        one = self._of(lease_s)
+        ends = one.passed + one.length
+        one.leases[token] = _Lease(ends, ends)
+        self._length_of[token] = one
 
     def renew(self, tokens: Iterable[str], lease_s: float) -> list[str]:
         """These leases begin anew; those of them that are due to be recorded: a third is spent."""
         self._look()
-        length, due = timedelta(seconds=lease_s), []
+        new, due = self._of(lease_s), []
         for token in tokens:
-            lease = self._leases[token]
-            lease.length = lease.left = length
-            if lease.recorded < length * 2 / 3:
-                lease.recorded = length
+            old = self._length_of[token]
+            left = old.leases.pop(token).recorded - old.passed
+            if left < new.length * 2 / 3:
+                left = new.length
                 due.append(token)
+            new.leases[token] = _Lease(new.passed + new.length, new.passed + left)
+            self._length_of[token] = new
         return due
 
     def end(self, token: str) -> None:
         """A lease is over."""
-        del self._leases[token]
+        del self._length_of.pop(token).leases[token]
 
     def lapsed(self) -> list[str]:
         """Whose lease has run out."""
         self._look()
-        return [token for token, lease in self._leases.items() if lease.left < timedelta(0)]
+        return [token for one in self._lengths.values() for token in one.lapsed()]
+
+    def _of(self, lease_s: float) -> _OneLength:
+        length = timedelta(seconds=lease_s)
+        return self._lengths.setdefault(length, _OneLength(length))
 
     def _look(self) -> None:
         now = self._clock()
         passed = max(now - self._seen, timedelta(0))
         self._seen = now
-        for lease in self._leases.values():
-            step = min(passed, lease.length / _STEPS)
-            lease.left -= step
-            lease.recorded -= step
+        for one in self._lengths.values():
+            one.passed += min(passed, one.length / _STEPS)
 
 
 def is_running(holder: Controller, now: datetime) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from evomerge.service.counts import Counts
 from evomerge.service.progress import Entry, Phase, Progress, seconds_left
 from evomerge.service.verdict import to_score
 from evomerge.spec import StudySpec
-from evomerge.trial import Kind, State, Trial
+from evomerge.trial import Kind, Part, Trial
 
 _LABELS: Mapping[Kind, str] = {
     "base": "base",
@@ -21,25 +22,30 @@ def standing(
     spec: StudySpec,
     trials: Sequence[Trial],
     *,
+    counts: Counts | None = None,
     running: int = 0,
     elapsed_s: float = 0.0,
     work_before: float = 0.0,
 ) -> Progress:
-    """The progress of a study; `work_before` (see `work_done`) was there before `elapsed_s`."""
+    """The progress of a study; `work_before` (see `work_done`) was there before `elapsed_s`.
+
+    Where `counts` speak for every trial, `trials` may be the baselines and contenders alone.
+    """
+    counts = counts or Counts.of(trials)
     weights = {task.task: task.weight for task in spec.objective.tasks}
-    phase = _phase(spec, trials)
+    phase = _phase(spec, trials, counts)
     searched = [t for t in trials if t.kind == "search"]
     baselines = [t for t in trials if t.kind != "search"]
-    done, total = _evaluations(spec, trials, phase, weights)
+    done, total = _evaluations(spec, trials, counts, phase)
     best = {kind: _best([t for t in baselines if t.kind == kind], weights) for kind in _LABELS}
     return Progress(
         study=spec.name,
         phase=phase,
-        trials_done=sum(t.state.finished for t in searched),
-        trials_total=max(spec.budget.trials, len(searched)),
+        trials_done=counts.finished,
+        trials_total=max(spec.budget.trials, counts.searched),
         evaluations_done=done,
         evaluations_total=total,
-        failed=sum(t.state is State.FAIL for t in trials),
+        failed=counts.failed,
         running=running,
         best=_entry(_best(searched, weights), None, weights),
         baselines=tuple(
@@ -49,52 +55,53 @@ def standing(
         ),
         elapsed_s=elapsed_s,
         left_s=seconds_left(
-            elapsed_s, work_done(spec, trials) - work_before, _work_left(spec, trials)
+            elapsed_s, work_done(spec, counts) - work_before, _work_left(spec, baselines, counts)
         ),
     )
 
 
-def work_done(spec: StudySpec, trials: Sequence[Trial]) -> float:
+def work_done(spec: StudySpec, counts: Counts) -> float:
     """Evaluations so far, each counted by its part's share of the items."""
     share = spec.objective.split.model_dump()
-    return float(sum(share[part] for trial in trials for part in trial.scores))
+    return float(sum(share[part] * scored for part, scored in counts.scored.items()))
 
 
-def _work_left(spec: StudySpec, trials: Sequence[Trial]) -> float:
+def _work_left(spec: StudySpec, baselines: Sequence[Trial], counts: Counts) -> float:
     share = spec.objective.split.model_dump()
-    baselines = [t for t in trials if t.kind != "search"]
-    sources = len(spec.sources)
-    searched = sum(t.kind == "search" and t.state.finished for t in trials)
-    to_search = spec.budget.trials - searched + sum(not t.state.finished for t in baselines)
-    selected = sum("selection" in t.scores for t in trials)
-    reported = sum("report" in t.scores for t in trials)
+    open_baselines = sum(not t.state.finished for t in baselines)
+    to_search = spec.budget.trials - counts.finished + open_baselines
     finalists = min(spec.budget.finalists, spec.budget.trials)
-    to_select = max(0, len(baselines) + finalists - selected)
-    to_report = max(0, sources + 4 - reported)  # base, uniform, best lambda, winner
+    to_select = max(0, len(baselines) + finalists - counts.scored["selection"])
+    # base, uniform, best lambda, winner
+    to_report = max(0, len(spec.sources) + 4 - counts.scored["report"])
     work = share["search"] * to_search + share["selection"] * to_select
     return float(work + share["report"] * to_report)
 
 
-def _phase(spec: StudySpec, trials: Sequence[Trial]) -> Phase:
+def _phase(spec: StudySpec, trials: Sequence[Trial], counts: Counts) -> Phase:
     if any(t.kind != "search" and not t.state.finished for t in trials):
         return "baselines"
-    if sum(t.kind == "search" and t.state.finished for t in trials) < spec.budget.trials:
+    if counts.finished < spec.budget.trials:
         return "search"
-    weights = {task.task: task.weight for task in spec.objective.tasks}
-    todo = to_score(trials, spec.budget.finalists, weights)
+    todo = _to_score(spec, trials)
     return "selection" if todo and todo[0][1] == "selection" else "report"
 
 
 def _evaluations(
-    spec: StudySpec, trials: Sequence[Trial], phase: Phase, weights: Mapping[str, float]
+    spec: StudySpec, trials: Sequence[Trial], counts: Counts, phase: Phase
 ) -> tuple[int, int]:
     if phase == "search":
         return 0, 0
     if phase == "baselines":
         baselines = [t for t in trials if t.kind != "search"]
         return sum(t.state.finished for t in baselines), len(baselines)
-    done = sum(phase in t.scores for t in trials)
-    return done, done + len(to_score(trials, spec.budget.finalists, weights))
+    done = counts.scored[phase]
+    return done, done + len(_to_score(spec, trials))
+
+
+def _to_score(spec: StudySpec, trials: Sequence[Trial]) -> list[tuple[Trial, Part]]:
+    weights = {task.task: task.weight for task in spec.objective.tasks}
+    return to_score(trials, spec.budget.finalists, weights)
 
 
 def _mean(trial: Trial, weights: Mapping[str, float]) -> float:

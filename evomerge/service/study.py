@@ -23,7 +23,7 @@ from evomerge.service.baselines import baselines
 from evomerge.service.controller import CONTROLLER_LEASE_S, Controller, Mirror
 from evomerge.service.dispatch import Dispatcher
 from evomerge.service.executor import Executor, Setup
-from evomerge.service.ledger import Clock, Ledger, utc_now
+from evomerge.service.ledger import Clock, Ledger, Show, utc_now
 from evomerge.service.liveness import is_dead, process_start
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing, work_done
@@ -119,17 +119,20 @@ def build_controller(
     """The controller of a study, its baselines recorded, ready to run."""
     spec = StudySpec.model_validate(record.spec)
     models, space = Models.of(record), load_space(record.spec["space"])
-    ledger = Ledger(store, record, token, clock=clock)
+    genes = space.genes(list(models.sources))
+    mirror = make_mirror(record, [gene.name for gene in genes])
+    shown: Show = mirror.sync if mirror is not None else lambda trials: None
+    ledger = Ledger(store, record, token, clock=clock, show=shown)
     if not len(ledger):
         ledger.create(baselines(models.base, models.sources, models.dtype))
-    genes = space.genes(list(models.sources))
-    executor.prepare(Setup(record.spec, record.inspection["digests"], models.dtype))
-    work_before, started_s = work_done(spec, ledger.trials), time.monotonic()
+    fingerprint = record.inspection["fingerprint"]
+    executor.prepare(Setup(record.spec, record.inspection["digests"], models.dtype, fingerprint))
+    work_before, started_s = work_done(spec, ledger.counts_before), time.monotonic()
 
     def show(ledger: Ledger, running: int) -> None:
         elapsed_s = time.monotonic() - started_s
-        watch(standing(spec, ledger.trials, running=running, elapsed_s=elapsed_s,
-                       work_before=work_before))  # fmt: skip
+        watch(standing(spec, ledger.trials, counts=ledger.counts, running=running,
+                       elapsed_s=elapsed_s, work_before=work_before))  # fmt: skip
 
     return Controller(
         spec,
@@ -144,7 +147,7 @@ def build_controller(
         ),
         Dispatcher(spec, ledger, executor),
         _proposer(space, models, spec.sampler.seed),
-        mirror=make_mirror(record, [gene.name for gene in genes]),
+        mirror=mirror,
         watch=show,
     )
 

@@ -28,6 +28,21 @@ def finalists(trials: Sequence[Trial], count: int) -> list[Trial]:
     return sorted(complete, key=lambda t: (-(t.values or (-math.inf,))[0], t.number))[:count]
 
 
+def contenders(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The finished search trials that may still be finalists or win, whatever trials come after:
+    the finalists, and what was scored beyond the search items. `trials` are in order of numbers.
+
+    Where equal recipes have equal values, contenders of contenders and further trials are those of
+    all: so the others need not be kept.
+    """
+    chosen = {trial.number for trial in finalists(trials, count)}
+    return [
+        trial
+        for trial in trials
+        if trial.kind == "search" and (trial.number in chosen or trial.scores.keys() - {"search"})
+    ]
+
+
 def merit(trial: Trial, weights: Weights) -> float | None:
     """The weighted mean over search and selection items together; None until both are scored."""
     if not {"search", "selection"} <= trial.scores.keys():

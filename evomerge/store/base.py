@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
-from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
+from evomerge.trial import Attempt, Failure, Genome, NewTrial, Part, Score, State, Trial
 
 Refusal = Literal["late", "repeated", "stray"]
 """Why a result is refused: its attempt was given up before it came, it has one already, or there
@@ -45,6 +45,19 @@ class Controller:
     pid: int
     started: float
     lease_until: datetime
+
+
+@dataclass(frozen=True)
+class Tell:
+    """A result as it was told: its place in the order of tells, and what the sampler learned.
+
+    `values` is None of a trial that is not COMPLETE.
+    """
+
+    order: int
+    number: int
+    genome: Genome | None
+    values: tuple[float, ...] | None
 
 
 class StudyStore(Protocol):
@@ -114,11 +127,17 @@ class StudyStore(Protocol):
         Raises ValueError if one of the numbers is taken.
         """
 
-    def trials(self, study: str, *, outcomes: bool = True) -> Sequence[Trial]:
-        """Every trial in the order of numbers, with attempts and scores.
+    def trials(
+        self, study: str, *, outcomes: bool = True, numbers: range | None = None
+    ) -> Sequence[Trial]:
+        """Every trial in the order of numbers, with attempts and scores; of a range (of step 1)
+        those that there are.
 
         With `outcomes=False` per-item outcomes are left empty, which is much faster.
         """
+
+    def told(self, study: str, *, after: int = -1, limit: int) -> Sequence[Tell]:
+        """What was told, in the order of tells: the first `limit` of a later place than `after`."""
 
     def trial(self, study: str, number: int) -> Trial:
         """One trial, with everything."""

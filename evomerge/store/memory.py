@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from evomerge.store import rules
-from evomerge.store.base import Controller, Refusal, StudyRecord
+from evomerge.store.base import Controller, Refusal, StudyRecord, Tell
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
 
 
@@ -100,12 +100,32 @@ class MemoryStore:
                 raise rules.trial_exists(study)
             kept.trials |= {trial.number: _waiting(trial) for trial in trials}
 
-    def trials(self, study: str, *, outcomes: bool = True) -> Sequence[Trial]:
+    def trials(
+        self, study: str, *, outcomes: bool = True, numbers: range | None = None
+    ) -> Sequence[Trial]:
         with self._reading(study) as kept:
-            found = [kept.trials[number] for number in sorted(kept.trials)]
+            found = [
+                kept.trials[number]
+                for number in sorted(kept.trials)
+                if numbers is None or number in numbers
+            ]
         if outcomes:
             return found
         return [replace(trial, scores=rules.without_outcomes(trial.scores)) for trial in found]
+
+    def told(self, study: str, *, after: int = -1, limit: int) -> Sequence[Tell]:
+        with self._reading(study) as kept:
+            found = [
+                Tell(
+                    trial.tell_order,
+                    trial.number,
+                    trial.genome,
+                    trial.values if trial.state is State.COMPLETE else None,
+                )
+                for trial in kept.trials.values()
+                if trial.tell_order is not None and trial.tell_order > after
+            ]
+        return sorted(found, key=lambda tell: tell.order)[:limit]
 
     def trial(self, study: str, number: int) -> Trial:
         with self._reading(study) as kept:

@@ -87,6 +87,7 @@ class OptunaMirror:
             found.reflect(self._engine, only=_TABLES)
             self._tables = {name: found.tables[name] for name in _TABLES}
         self._done: set[int] | None = self._mirrored()
+        self._waiting: dict[int, Trial] = {}  # offered while the connection was broken
 
     def close(self) -> None:
         """Let go of connections."""
@@ -95,14 +96,18 @@ class OptunaMirror:
         self._storage.engine.dispose()
 
     def sync(self, trials: Iterable[Trial]) -> int:
-        """Add the finished trials that the mirror lacks; returns how many. Raises StoreError.
+        """Add those of the trials that are finished and that the mirror lacks; returns how many.
 
-        Where the connection breaks nothing is raised: the next call adds what is missing then.
+        Raises StoreError. Where the connection breaks nothing is raised: the next call adds them.
         """
+        self._waiting |= {trial.number: trial for trial in trials if trial.state.finished}
         try:
             if self._done is None:
                 self._done = self._mirrored()
-            return self._add([t for t in trials if t.state.finished and t.number not in self._done])
+            missing = [t for number, t in self._waiting.items() if number not in self._done]
+            added = self._add(missing)
+            self._waiting.clear()
+            return added
         except (StoreUnreachable, CommitUnknown, *_OPTUNAS_OWN):
             self._done = None  # what came through is to be seen
             return 0

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from evomerge.store import rules
-from evomerge.store.base import Controller, Refusal
+from evomerge.store.base import Controller, Refusal, Tell
 from evomerge.store.rows import (
     ATTEMPT,
     CONTROLLER,
@@ -172,19 +172,43 @@ def tell_orders(
 
 
 def read_trials(
-    connection: sa.Connection, study_id: int, number: int | None = None, *, outcomes: bool
+    connection: sa.Connection, study_id: int, numbers: range | None = None, *, outcomes: bool
 ) -> list[Trial]:
-    """Trials of the study in the order of numbers, or the one of that number."""
+    """Trials of the study in the order of numbers, or those of a range of step 1."""
     columns = (*SCORE, OUTCOMES) if outcomes else SCORE
     trial_query = sa.select(*TRIAL).where(trials.c.study_id == study_id)
     attempt_query = sa.select(*ATTEMPT).where(attempts.c.study_id == study_id)
     score_query = sa.select(*columns).where(scores.c.study_id == study_id)
-    if number is not None:
-        trial_query = trial_query.where(trials.c.number == number)
-        attempt_query = attempt_query.where(attempts.c.trial == number)
-        score_query = score_query.where(scores.c.trial == number)
+    if numbers is not None:
+        trial_query = trial_query.where(*_within(trials.c.number, numbers))
+        attempt_query = attempt_query.where(*_within(attempts.c.trial, numbers))
+        score_query = score_query.where(*_within(scores.c.trial, numbers))
     return trials_from(
         connection.execute(trial_query.order_by(trials.c.number)),
         connection.execute(attempt_query.order_by(attempts.c.id)),
         connection.execute(score_query.order_by(scores.c.trial, scores.c.task)),
     )
+
+
+def read_tells(connection: sa.Connection, study_id: int, after: int, limit: int) -> list[Tell]:
+    """The first `limit` tells of a later place than `after`."""
+    rows = connection.execute(
+        sa.select(
+            trials.c.tell_order,
+            trials.c.number,
+            trials.c.genome,
+            trials.c.objectives,
+            trials.c.state,
+        )
+        .where(trials.c.study_id == study_id, trials.c.tell_order > after)
+        .order_by(trials.c.tell_order)
+        .limit(limit)
+    )
+    return [
+        Tell(order, number, genome, values if state == COMPLETE else None)
+        for order, number, genome, values, state in rows
+    ]
+
+
+def _within(column: sa.Column[int], numbers: range) -> tuple[sa.ColumnElement[bool], ...]:
+    return column >= numbers.start, column < numbers.stop

@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError
 
 from evomerge.errors import StoreUnreachable
 from evomerge.store import rules
-from evomerge.store.base import Controller, Refusal, StudyRecord
+from evomerge.store.base import Controller, Refusal, StudyRecord, Tell
 from evomerge.store.engine import LOCK_WAIT_S, CommitUnknown, make_engine, transaction
 from evomerge.store.migrations import prepare
 from evomerge.store.queries import (
@@ -35,6 +35,7 @@ from evomerge.store.queries import (
     count_refusal,
     holder,
     leave_mark,
+    read_tells,
     read_trials,
     record_score,
     set_study,
@@ -158,14 +159,21 @@ class SqlStore:
             raise rules.trial_exists(study) from None
 
     @reconnecting
-    def trials(self, study: str, *, outcomes: bool = True) -> Sequence[Trial]:
+    def trials(
+        self, study: str, *, outcomes: bool = True, numbers: range | None = None
+    ) -> Sequence[Trial]:
         with self._reading(study) as (connection, study_id):
-            return read_trials(connection, study_id, outcomes=outcomes)
+            return read_trials(connection, study_id, numbers, outcomes=outcomes)
+
+    @reconnecting
+    def told(self, study: str, *, after: int = -1, limit: int) -> Sequence[Tell]:
+        with self._reading(study) as (connection, study_id):
+            return read_tells(connection, study_id, after, limit)
 
     @reconnecting
     def trial(self, study: str, number: int) -> Trial:
         with self._reading(study) as (connection, study_id):
-            found = read_trials(connection, study_id, number, outcomes=True)
+            found = read_trials(connection, study_id, range(number, number + 1), outcomes=True)
         if not found:
             raise rules.no_trial(study, number)
         return found[0]

@@ -1,0 +1,210 @@
+"""A large study on the real controller and store, its workers in virtual time.
+
+    python benchmarks/scale.py [--trials 10000] [--workers 1000] [--genes 100]
+        [--schedule asynchronous] [--median-s 60] [--store URL]
+
+Evaluations last log-normal times (σ 0.7, median `--median-s`) of virtual time; what the controller
+spends of CPU time is put on that clock, so utilisation is what a cluster would see. Everything a
+real run has is on: store (SQLite in a temporary folder unless `--store` names another), decoding,
+Optuna mirror, progress view. A generation is as large as half of the workers.
+
+Prints controller time, store and memory along the study, the time from a resume to its first
+dispatch, and commits a second beside a bare loop of INSERTs; exits with 1 if a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import sqlalchemy as sa
+
+from evomerge.service.executor import Job
+from evomerge.service.progress import PlainView
+from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.spec import StudySpec
+from evomerge.store import open_store
+from evomerge.store.base import StudyRecord
+from evomerge.store.engine import make_engine, transaction
+from evomerge.store.mirror import OptunaMirror
+from evomerge.testing.synthetic import synthetic_spec
+from evomerge.testing.virtual_time import VirtualExecutor
+
+SIGMA, SOURCES = 0.7, 4
+UTILISATION, RATIO, RESUME_S, GROWTH = 0.95, 1.5, 60.0, 1.1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The state of a run when `trials` evaluations were in."""
+
+    trials: int
+    virtual_s: float
+    cpu_s: float  # the controller's own
+    rss_mb: float
+    store_mb: float
+
+
+class Sampled(VirtualExecutor):
+    """Takes a sample of this process every `every` results."""
+
+    def __init__(self, workers: int, median_s: float, url: str, every: int) -> None:
+        generator = random.Random(0)
+        mu = math.log(median_s)
+        super().__init__(workers, lambda: generator.lognormvariate(mu, SIGMA))
+        self._url, self._every, self._began_s = url, every, 0.0
+        self.samples: list[Sample] = []
+
+    def poll(self, timeout_s: float) -> Sequence:  # type: ignore[type-arg]
+        events = super().poll(timeout_s)
+        if self.finished // self._every > len(self.samples):
+            cpu_s = time.process_time() - self.own_s
+            self.samples.append(
+                Sample(self.finished, self.now_s, cpu_s, _rss_mb(), _store_mb(self._url))
+            )
+        return events
+
+
+class FirstJob(Exception):
+    """Ends a resumed run."""
+
+
+class UpToFirstJob(VirtualExecutor):
+    """Stops a study where it would dispatch."""
+
+    def submit(self, job: Job) -> None:
+        raise FirstJob
+
+
+def main() -> int:
+    """Run the study and print the figures; 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--genes", type=int, default=100)
+    parser.add_argument("--median-s", type=float, default=60.0)
+    parser.add_argument("--schedule", default="asynchronous")
+    parser.add_argument("--store", help="an empty database; SQLite in a temporary folder if absent")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        url = options.store or f"sqlite:///{Path(folder) / 'study.db'}"
+        return _measure(options, url)
+
+
+def _measure(options: argparse.Namespace, url: str) -> int:
+    spec = _spec(options, options.trials)
+    executor = Sampled(options.workers, options.median_s, url, max(1, options.trials // 20))
+    wall_s = _run(spec, url, executor)
+    # while all workers have work: at the end, when they run out of it, all is quicker
+    samples = [s for s in executor.samples if s.virtual_s <= executor.searched_s]
+    _print_samples(samples)
+    utilisation = executor.searched_busy_s / (options.workers * executor.searched_s)
+    resume_s = _resume(_spec(options, options.trials + options.workers), url)
+    print(f"\n{options.schedule}: {options.trials} trials, {options.workers} workers, "
+          f"{options.genes} genes, {wall_s:.0f} s")  # fmt: skip
+    return _print_targets(samples, utilisation, resume_s)
+
+
+def _spec(options: argparse.Namespace, trials: int) -> StudySpec:
+    blocks = options.genes // SOURCES
+    weight = {"per": "source", "blocks": blocks, "low": 0.0, "high": 1.0, "init": 0.4}
+    return synthetic_spec(
+        sources={name: f"/models/{name}" for name in ("add", "copy", "reverse", "sort")},
+        space={"method": "task_arithmetic", "source": {"weight": [weight]}},
+        sampler={
+            "name": "cmaes",
+            "seed": 1,
+            "population": max(4, options.workers // 2),
+            "schedule": options.schedule,
+        },
+        budget={"trials": trials},
+    )
+
+
+def _run(spec: StudySpec, url: str, executor: VirtualExecutor) -> float:
+    """Run a study to its end; the seconds it took here."""
+    store = open_store(url)
+    record = open_study(spec, store, executor, clock=executor.clock)
+    view, began_s = PlainView(io.StringIO()), time.perf_counter()
+    with controlling(record, store, executor.clock) as token:
+        controller = build_controller(
+            record, store, executor, token,
+            make_mirror=_mirror(url), watch=view.update, clock=executor.clock,
+        )  # fmt: skip
+        controller.run()
+    store.close()
+    return time.perf_counter() - began_s
+
+
+def _mirror(url: str):  # type: ignore[no-untyped-def]
+    def make(record: StudyRecord, genes: Sequence[str]) -> OptunaMirror:
+        return OptunaMirror(url, record.name, directions=1, gene_names=genes)
+
+    return make
+
+
+def _resume(spec: StudySpec, url: str) -> float:
+    """Seconds from opening the store to the first dispatch, with a larger budget."""
+    began_s = time.perf_counter()
+    try:
+        _run(spec, url, UpToFirstJob(1, lambda: 1.0))
+    except FirstJob:
+        return time.perf_counter() - began_s
+    raise AssertionError("the resumed study had nothing to do")
+
+
+def _print_samples(samples: Sequence[Sample]) -> None:
+    print(f"{'evaluations':>12}{'ms CPU each':>13}{'MB memory':>11}{'kB store each':>15}")
+    for before, now in itertools.pairwise(samples):
+        each, kb = _ms_each(before, now), 1000 * now.store_mb / now.trials
+        print(f"{now.trials:12}{each:13.2f}{now.rss_mb:11.0f}{kb:15.2f}", flush=True)
+
+
+def _ms_each(before: Sample, now: Sample) -> float:
+    return 1000 * (now.cpu_s - before.cpu_s) / (now.trials - before.trials)
+
+
+def _print_targets(samples: Sequence[Sample], utilisation: float, resume_s: float) -> int:
+    each = [_ms_each(a, b) for a, b in itertools.pairwise(samples)]
+    first, last = median(each[:3]), median(each[-3:])
+    grown = samples[-1].rss_mb / samples[1].rss_mb
+    rows = [
+        ("workers busy", f"{utilisation:.1%}", f">= {UTILISATION:.0%}", utilisation >= UTILISATION),
+        ("time each, end / start", f"{last / first:.2f}", f"<= {RATIO}", last <= RATIO * first),
+        ("memory, end / start", f"{grown:.2f}", f"<= {GROWTH}", grown <= GROWTH),
+        ("resume", f"{resume_s:.1f} s", f"< {RESUME_S:.0f} s", resume_s < RESUME_S),
+    ]
+    for name, found, target, met in rows:
+        print(f"{name:24}{found:>10}   target {target:8} {'met' if met else 'MISSED'}")
+    return int(not all(met for *_, met in rows))
+
+
+def _rss_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _store_mb(url: str) -> float:
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        files = Path(parsed.database or "").parent.glob(Path(parsed.database or "").name + "*")
+        return sum(file.stat().st_size for file in files) / 1e6
+    engine = make_engine(url)
+    with transaction(engine, write=False) as connection:
+        size = sa.text("SELECT pg_database_size(current_database())")
+        return float(connection.execute(size).scalar_one()) / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main())
