@@ -156,14 +156,15 @@ class Facts:
         low, high = self._bracket(source, count)
         while True:
             shift = max(0, (high - low - 1).bit_length() - _BIN_BITS)
-            above, bins = self._counted(source, low, high - low, shift)
+            low = low >> shift << shift
+            above, bins, exact = self._counted(source, low, high - low, shift)
             if not above < count <= above + int(bins.sum()):
                 low, high = 0, 1 << 31
                 continue
             digit, rest, equal = _from_top(bins, count - above)
             low += digit << shift
             high = low + (1 << shift)
-            if shift == 0:
+            if exact:
                 return low, rest, equal
 
     def _bracket(self, source: int, count: int) -> tuple[int, int]:
@@ -171,9 +172,9 @@ class Facts:
         size = self.sources[source].numel()
         if size < 4 * _SAMPLE:
             return 0, 1 << 31
-        runs = torch.arange(0, size - 32, size // (_SAMPLE // 32))
-        places = (runs[:, None] + torch.arange(32)).flatten()
-        patterns = np.sort(self._patterns(source, places).numpy())
+        runs = np.arange(0, size - 32, size // (_SAMPLE // 32))
+        places = (runs[:, None] + np.arange(32)).ravel()
+        patterns = np.sort(self._patterns(source, places))
         rank = len(patterns) * (1 - count / size)
         slack = 5 * math.sqrt(rank * count / size) + 2
         low, high = math.floor(rank - slack), math.ceil(rank + slack)
@@ -184,30 +185,33 @@ class Facts:
 
     def _counted(
         self, source: int, low: int, span: int, shift: int
-    ) -> tuple[int, NDArray[np.int64]]:
-        """How many magnitudes are above a span of patterns, and how many of it are in each bin."""
+    ) -> tuple[int, NDArray[np.int64], bool]:
+        """How many magnitudes are above a span of patterns, how many of it are in each bin, and
+        whether all of a bin are equal: what is stored in 16 bits differs in few."""
         from evomerge.merging.kernels import magnitudes
 
         bins = np.zeros(((span - 1) >> shift) + 1, np.int64)
-        table = self._table(source, low, span, shift, bins.ctypes.data, 0)
+        table = self._table(source, low, span, shift, bins.ctypes.data, 0, 0)
         self._run(magnitudes.count, source, table)
         if low == 0:
             bins[0] -= self._padding(source)
-        return int(table[magnitudes.ABOVE]), bins
+        exact = int(table[magnitudes.BITS]) & ((1 << shift) - 1) == 0
+        return int(table[magnitudes.ABOVE]), bins, exact
 
     def _located(self, source: int, pattern: int, needed: int) -> Cut:
         from evomerge.merging.kernels import magnitudes
 
         table = self._table(source, pattern, needed)
         begin = self._run(magnitudes.locate, source, table)
-        part = torch.arange(begin, min(begin + 64, self.sources[source].numel()))
-        equal = (self._patterns(source, part) == pattern).nonzero()
+        part = np.arange(begin, min(begin + 64, self.sources[source].numel()))
+        equal = np.flatnonzero(self._patterns(source, part) == pattern)
         return Cut(pattern, begin + int(equal[int(table[magnitudes.NEEDED]) - 1]))
 
-    def _patterns(self, source: int, places: Tensor) -> Tensor:
+    def _patterns(self, source: int, places: NDArray[np.int64]) -> NDArray[np.int32]:
         assert self.base is not None
-        tau = self.sources[source][places].float() - self.base[places].float()
-        return tau.abs_().view(torch.int32)
+        tau = _floats(self.sources[source], places) - _floats(self.base, places)
+        patterns: NDArray[np.int32] = np.abs(tau).view(np.int32)
+        return patterns
 
     def _padding(self, source: int) -> int:
         """The zeros that a walk adds at the end."""
@@ -241,6 +245,15 @@ def _called(
 def _filled_up(x: Tensor) -> Tensor:
     """With zeros to as many elements as there are lanes."""
     return torch.cat([x, x.new_zeros(LANES - len(x))])
+
+
+def _floats(x: Tensor, places: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Some elements; without torch, whose threads would wait for more to do."""
+    if x.dtype == torch.bfloat16:
+        words = x.view(torch.int16).numpy()[places].view(np.uint16)
+        return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    found: NDArray[np.float32] = x.numpy()[places].astype(np.float32)
+    return found
 
 
 def _from_top(histogram: NDArray[np.int64], count: int) -> tuple[int, int, int]:

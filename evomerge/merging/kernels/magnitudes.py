@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from evomerge.merging.kernels.formats import Pair, joined, magnitude, read, width
+from evomerge.merging.kernels.formats import Pair, integers, joined, magnitude, read, width
 from evomerge.merging.kernels.machine import I8, I32, I64, Kernel, Value, lanes
 from evomerge.merging.kernels.walking import AHEAD, walk
 
 SOURCE, BASE = 0, 1
 """Places in every table: addresses of the operands."""
-LOW, SPAN, SHIFT, BINS, ABOVE = range(2, 7)
+LOW, SPAN, SHIFT, BINS, ABOVE, BITS = range(2, 8)
 PATTERN, NEEDED = 2, 3
 KEYS, COUNTS, DISTINCT = 2, 3, 4
 
@@ -27,7 +27,8 @@ Code = Callable[[int, int, int], int]
 @cache
 def count(source: int, base: int) -> Code:
     """Counts the magnitudes p of [begin, end): BINS[(p − LOW) >> SHIFT] where LOW ≤ p < LOW + SPAN,
-    ABOVE where p is more. Bins are int64. An end that is no multiple of `width` counts zeros."""
+    ABOVE where p is more. BITS become those that are set in a p − LOW that is counted. Bins are
+    int64. An end that is no multiple of `width` counts zeros."""
     return _Count(source, base).compiled()
 
 
@@ -91,11 +92,15 @@ class _Count(_Magnitudes):
         self._span = self.slot(SPAN).cut(I32).splat(lanes())
         self._last = (self.slot(LOW) + self.slot(SPAN) - 1).cut(I32).splat(lanes())
         self._shift = self.slot(SHIFT).cut(I32).splat(lanes())
+        self._bits = self.variable(self.value(integers(), 0))
         self._bins, self._above = self.address(BINS), self.variable(self.value(I64, 0))
 
     def _vector(self, sizes: Pair, element: Value) -> None:
         offsets = [size - self._low for size in sizes]
-        inside = joined([offset.below(self._span) for offset in offsets])
+        within = [offset.below(self._span) for offset in offsets]
+        for offset, mask in zip(offsets, within, strict=True):
+            self._bits.value = mask.select(self._bits.value | offset, self._bits.value)
+        inside = joined(within)
         above = joined([size > self._last for size in sizes])
         self._above.value = self._above.value + above.ones()
         with self.when(inside.any()):
@@ -106,7 +111,12 @@ class _Count(_Magnitudes):
                 rest.value = rest.value & (rest.value - 1)
 
     def _finish(self) -> None:
-        self.set_slot(ABOVE, self.slot(ABOVE) + self._above.value)
+        self.set_slot(ABOVE, self._above.value)
+        self.store(self._bits.value, self._buffer)
+        bits = self.variable(self.value(I64, 0))
+        with self.loop(self.value(I64, 0), self.value(I64, lanes())) as lane:
+            bits.value = bits.value | self._kept(lane)
+        self.set_slot(BITS, bits.value)
 
 
 class _Locate(_Magnitudes):
