@@ -14,15 +14,18 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import cache, reduce
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from evomerge.merging.compute import Operands, merge_tensor
 from evomerge.merging.kernels.facts import Memory
+from evomerge.merging.kernels.formats import integers, width
+from evomerge.merging.kernels.machine import Kernel, Value
+from evomerge.merging.kernels.walking import AHEAD
 from evomerge.merging.methods.base import Coefficients
 from evomerge.merging.methods.registry import METHODS
 
@@ -101,8 +104,9 @@ class Models:
             read = [source[name] for source in self.sources[: used.max_sources or SOURCES]]
             if used.needs_base:
                 read.append(self.base[name])
-            words = [_words(tensor) for tensor in (*read, out)]
-            _STREAMS[len(read)](*words)
+            addresses = np.array([tensor.data_ptr() for tensor in (*read, out)])
+            whole = len(out) // width() * width()
+            _stream(len(read))(addresses.ctypes.data, 0, whole)
 
 
 def _genome(method: str, count: int, chance: random.Random) -> tuple[Any, ...]:
@@ -119,29 +123,23 @@ def _genome(method: str, count: int, chance: random.Random) -> tuple[Any, ...]:
     return names, tuple(range(count)), source, recipe, chance.getrandbits(30)
 
 
-def _words(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor[: len(tensor) // 4 * 4].view(torch.int64).numpy()
+class _Stream(Kernel):
+    """out = x₁ ^ x₂ ^ ..., a line of the cache at a time, fetched as far ahead as kernels do."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        sources, out = [self.address(i) for i in range(count)], self.address(count)
+        with self.loop(self.begin, self.end, width()) as index:
+            for source in sources:
+                self.prefetch(source, index + AHEAD, 2)
+            words = [self.load(integers(), source, index << 1) for source in sources]
+            self.store(reduce(Value.__xor__, words), out, index << 1)
+        self.give(self.end)
 
 
-@numba.njit(nogil=True)
-def _two(a, b, out):  # type: ignore[no-untyped-def]
-    for i in range(out.size):
-        out[i] = a[i] ^ b[i]
-
-
-@numba.njit(nogil=True)
-def _four(a, b, c, d, out):  # type: ignore[no-untyped-def]
-    for i in range(out.size):
-        out[i] = a[i] ^ b[i] ^ c[i] ^ d[i]
-
-
-@numba.njit(nogil=True)
-def _five(a, b, c, d, e, out):  # type: ignore[no-untyped-def]
-    for i in range(out.size):
-        out[i] = a[i] ^ b[i] ^ c[i] ^ d[i] ^ e[i]
-
-
-_STREAMS: dict[int, Callable[..., None]] = {2: _two, 4: _four, 5: _five}
+@cache
+def _stream(count: int) -> Callable[[int, int, int], int]:
+    return _Stream(count).compiled()
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -159,7 +159,9 @@ class _Pass:
         for r, row in enumerate(self._rows):
             at = self._fused.slot(r, 0)
             if row.cut is not None and not _counted(row.cut):
-                self._table[at + self._fused.LEFT] = self._fused.MANY if row.cut.last >= begin else 0
+                self._table[at + self._fused.LEFT] = (
+                    self._fused.MANY if row.cut.last >= begin else 0
+                )
             if row.top is not None:
                 upto = row.top.pattern - (row.top.last >= begin)
                 self._table[at + self._fused.UPTO] = upto

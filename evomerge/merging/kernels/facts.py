@@ -224,7 +224,9 @@ class Facts:
         addresses = self.sources[source].data_ptr(), self.base.data_ptr()
         return np.array([*addresses, *numbers], np.int64)
 
-    def _run(self, loop: Callable[[int, int], Kernel], source: int, table: NDArray[np.int64]) -> int:
+    def _run(
+        self, loop: Callable[[int, int], Kernel], source: int, table: NDArray[np.int64]
+    ) -> int:
         assert self.base is not None
         tensor = self.sources[source]
         code = loop(CODES[tensor.dtype], CODES[self.base.dtype])

@@ -26,14 +26,17 @@ _LIMIT = 0x477FF000  # the least float32 that rounds to infinity in float16
 
 
 def floats() -> ir.VectorType:
+    """A vector of float32."""
     return ir.VectorType(F32, lanes())
 
 
 def integers() -> ir.VectorType:
+    """A vector of int32."""
     return ir.VectorType(I32, lanes())
 
 
 def masks() -> ir.VectorType:
+    """A vector of booleans."""
     return ir.VectorType(I1, lanes())
 
 

@@ -21,8 +21,8 @@ from evomerge.merging.kernels.formats import (
     Pair,
     floats,
     integers,
-    magnitude,
     joined,
+    magnitude,
     masks,
     pattern,
     read,
@@ -172,9 +172,7 @@ class _Merge(Kernel):
         self.tied.value = self.value(masks(), 0)
         self.bad.value = self.value(floats(), 0.0)
         self.aboves = [
-            (self.slot(slot(r, PATTERN)) - (self._left(r) > 0).widened(I64))
-            .cut(I32)
-            .splat(lanes())
+            (self.slot(slot(r, PATTERN)) - (self._left(r) > 0).widened(I64)).cut(I32).splat(lanes())
             for r in self.rows
         ]
         walk(self, self.operands, self.out, here, stop, self._body, even=self.shape.draws)

@@ -254,8 +254,9 @@ class Kernel:
         """Adds 1 to an int64 of an array."""
         self.store(self.load(I64, counts, index << 3) + 1, counts, index << 3)
 
-    def least(self, a: Value, b: Any) -> Value:
-        return (a < b).select(a, b)
+    def least(self, a: Value, b: Value) -> Value:
+        smaller: Value = (a < b).select(a, b)
+        return smaller
 
     @contextmanager
     def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:

@@ -5,7 +5,7 @@ Magnitudes are float32 patterns, which are ordered as they are. Knows no method.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from evomerge.merging.kernels.formats import Pair, integers, joined, magnitude, read, width
@@ -55,8 +55,8 @@ class _Magnitudes(Kernel):
         self._start()
         operands = [(source, self.address(SOURCE)), (base, self.address(BASE))]
 
-        def body(parts: object, target: object, index: Value, first: Value) -> None:
-            there, origin = parts  # type: ignore[misc]
+        def body(parts: Sequence[Value], target: Value | None, index: Value, first: Value) -> None:
+            there, origin = parts
             for part in (there, origin):
                 self.prefetch(part, index + AHEAD, 2)
             theta, zero = read(self, source, there, index), read(self, base, origin, index)

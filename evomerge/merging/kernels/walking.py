@@ -41,9 +41,7 @@ def walk(
         room = end - here
         shift = here & 1 if even else kernel.value(I64, 0)
         few = (room < width()) | shift.equals(1)
-        taken = few.select(
-            kernel.least(room, kernel.value(I64, width()) - shift), room & -width()
-        )
+        taken = few.select(kernel.least(room, kernel.value(I64, width()) - shift), room & -width())
         with kernel.when(few):
             for (code, address), part in zip(operands, spare, strict=True):
                 kernel.clear(part, width() * SIZES[code])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -17,10 +19,14 @@ from random_programs import (
     votes_of,
 )
 
-from evomerge.merging.kernels import cpu
-from evomerge.merging.kernels.program import Election, Program, Row
+from evomerge.merging.kernels import cpu, formats, fused, magnitudes, products
+from evomerge.merging.kernels.facts import Facts, Memory
+from evomerge.merging.kernels.program import Draw, Election, Program, Row
+from evomerge.merging.methods.base import Block
 from evomerge.merging.methods.election import signs, tie_sign
-from evomerge.merging.methods.selection import Cut
+from evomerge.merging.methods.reductions import totals
+from evomerge.merging.methods.selection import KEEP_NONE, Cut, Quota
+from evomerge.merging.methods.spheres import gram
 
 PROBE = 1 << 16
 COPY = Program((Row(0, 1.0),), "zero")
@@ -48,8 +54,8 @@ def test_a_tie_that_is_not_known_is_the_balance_of_the_whole_tensor(rule: str, l
     size = 3 * PROBE
     chance = random.Random(lean)
     base, first, second = (values(chance, torch.bfloat16, size) for _ in range(3))
-    first[: PROBE] = first[: PROBE].abs() * -lean
-    first[PROBE :] = first[PROBE :].abs() * lean
+    first[:PROBE] = first[:PROBE].abs() * -lean
+    first[PROBE:] = first[PROBE:].abs() * lean
     program = Program(
         (Row(0, 0.5, 0.5), Row(1, 0.5, 0.5)), "base", Election(0, "mean", True, 1.0, rule=rule)
     )
@@ -146,3 +152,61 @@ def test_copies_bases_and_nothing() -> None:
         assert cpu.run(program, base, [source], out)
         assert_same_bits(out, wanted)
     assert cpu.run(COPY, None, [torch.empty(0)], torch.empty(0))
+
+
+def test_a_nan_of_any_payload_is_told_of() -> None:
+    x = torch.full((100,), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    assert not cpu.run(COPY, None, [x], torch.empty(100, dtype=torch.bfloat16))
+
+
+def test_a_source_that_is_left_out_but_not_finite_is_told_of() -> None:
+    base = torch.zeros(600, dtype=torch.bfloat16)
+    models = [torch.ones(600, dtype=torch.bfloat16) for _ in range(2)]
+    models[1][77] = float("inf")
+    nothing = Row(1, 0.5, 0.5, cut=KEEP_NONE)
+    never = Row(1, 0.5, 0.5, draw=Draw(3, 2**32))
+    for row in (nothing, never):
+        for vote in (None, Election(1, "mean", True, 1.0)):
+            program = Program((Row(0, 0.5, 0.5), row), "base", vote)
+            assert not cpu.run(program, base, models, torch.empty(600))
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels for vectors of half the lanes that this machine has at most."""
+    made = fused.compiled, magnitudes.count, magnitudes.tabulate, products.products
+    for loop in made:
+        loop.cache_clear()
+    for module in (formats, fused, magnitudes, products):
+        monkeypatch.setattr(module, "lanes", lambda: 8)
+    yield
+    for loop in made:
+        loop.cache_clear()
+
+
+@pytest.mark.usefixtures("narrow")
+def test_the_width_of_vectors_does_not_matter() -> None:
+    for seed in range(40):
+        test_random_programs_give_the_bits_of_torch(seed)
+    base, first, second = (values(random.Random(i), torch.bfloat16, 40_001) for i in range(3))
+    facts = Facts(base, (first, second))
+    stacked = torch.stack([first, second]).float()
+    wanted = totals(lambda: iter([Block(None, stacked, 0)]), lambda block: gram(block.sources))
+    assert facts.gram(from_base=False) == wanted
+    stored = Facts(base, (first, second), Memory(), "b", ("f", "s"))
+    assert facts.cut(0, Quota(9000)) == stored.cut(0, Quota(9000))
+
+
+def test_threads_may_compile_at_once() -> None:
+    fused.compiled.cache_clear()
+    sources = [values(random.Random(i), torch.bfloat16, 500) for i in range(3)]
+    wanted = sources[0].float() * 0.5 + sources[1].float() * 0.25
+
+    def merged(_: int) -> torch.Tensor:
+        out = torch.empty(500)
+        assert cpu.run(Program((Row(0, 0.5), Row(1, 0.25)), "zero"), None, sources, out)
+        return out
+
+    with ThreadPoolExecutor(4) as pool:
+        for out in pool.map(merged, range(8)):
+            assert_same_bits(out, wanted)

@@ -129,6 +129,16 @@ def test_cuts_are_those_of_the_stream(dtype: torch.dtype, kept: bool) -> None:
             assert counted.last >= 0 or counted.equal == equal or counted.keeps_all
 
 
+@pytest.mark.parametrize("bracket", [(0, 1), (1 << 30, 1 << 31), (0, 1 << 31)])
+def test_a_sample_that_was_wrong_does_not_matter(
+    bracket: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, source = operands_of(torch.bfloat16)
+    wanted = Facts(base, (source,)).cut(0, Quota(60_000), located=True)
+    monkeypatch.setattr(Facts, "_bracket", lambda *_: bracket)
+    assert Facts(base, (source,)).cut(0, Quota(60_000), located=True) == wanted
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("from_base", [False, True])
 def test_products_are_those_of_the_stream(dtype: torch.dtype, from_base: bool) -> None:
