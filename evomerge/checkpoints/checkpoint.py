@@ -176,14 +176,10 @@ class Checkpoint:
         return b"\0".join(parts)
 
     def inspect(self, name: str) -> Look:
-        """Read one tensor for the scan, ahead of it: what is inspected is not read again by `scan`.
-
-        Pages are asked for in megabytes first, so that another thread can compute meanwhile.
-        """
+        """Look at one tensor for the scan, ahead of it: `scan` does not read it again."""
         name = self.tied_names.get(name, name)
         if name not in self._inspected:
             tensor, finite = self.tensor(name), True
-            populate(tensor)
             hashed = TensorHash(name, tensor.dtype, tuple(tensor.shape))
             for chunk in _cut(tensor, _CHUNK):  # small enough to be in the cache for a second look
                 hashed.update(chunk)
@@ -195,6 +191,10 @@ class Checkpoint:
         """Take over the digests of tensors that were inspected before, and found finite."""
         self._inspected |= {name: Look(digest, finite=True) for name, digest in digests.items()}
 
+    def fetch(self, name: str) -> None:
+        """Have a tensor read from the disk, so that a thread that computes need not wait for it."""
+        populate(self.tensor(name))
+
     def release(self, name: str) -> None:
         """Take a tensor's pages out of this process's memory until it is read again."""
         release(self.tensor(name))
@@ -204,7 +204,7 @@ class Checkpoint:
         looks, done = {}, 0
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "scan") as pool:
             try:
-                inspected = pool.map(self.inspect, self.names)
+                inspected = pool.map(self._fetched, self.names)
                 for name, look in zip(self.names, inspected, strict=True):
                     looks[name] = look
                     done += self.tensor(name).nbytes
@@ -214,6 +214,11 @@ class Checkpoint:
                 raise
         digest = combine(self.preamble(), {name: look.digest for name, look in looks.items()})
         return Scan(digest, tuple(name for name, look in looks.items() if not look.finite))
+
+    def _fetched(self, name: str) -> Look:
+        if name not in self._inspected:
+            self.fetch(name)
+        return self.inspect(name)
 
     def _equal(self, target: str, source: str) -> bool:
         """Whether a checkpoint that stores both weights of a tied pair stores them equal.

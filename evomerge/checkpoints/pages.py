@@ -15,12 +15,15 @@ from torch import Tensor
 
 _STEP = 16 << 20
 _POPULATE_READ = 22  # Linux 5.14; not yet among mmap's constants
+_WILLNEED = 3
 _DONTNEED = 4
 
 
 def populate(tensor: Tensor) -> None:
     """Read a mapped tensor's pages from the disk and enter them in the page table."""
     for start, size in _ranges(tensor):
+        # of one piece, not ahead of it: read so, pages come in large folios, which cost little
+        _advise(start, size, _WILLNEED)
         _advise(start, size, _POPULATE_READ)
 
 

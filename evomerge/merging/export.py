@@ -150,7 +150,7 @@ class _Writer:
 
     def _write_file(self, file_name: str, entries: list[Entry]) -> None:
         names = [entry.name for entry in entries]
-        tensors = merged_tensors(self._merge, names, self._inspection.look)
+        tensors = merged_tensors(self._merge, names, self._inspection.fetch, self._inspection.look)
         elements = (self._released(name, tensor) for name, tensor in tensors)
         for size in write_file(self._aside.folder / file_name, entries, elements):
             self._advance(size)

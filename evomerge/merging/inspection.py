@@ -33,8 +33,13 @@ class Inspection:
             for path, stored in self._checkpoints.items()
         }
 
+    def fetch(self, name: str) -> None:
+        """Have what one merged tensor is computed from read from the disk."""
+        for checkpoint, own in self._inputs(name):
+            checkpoint.fetch(own)
+
     def look(self, name: str) -> None:
-        """Read what one merged tensor is computed from. Raises NonFiniteTensor."""
+        """Look at what one merged tensor is computed from. Raises NonFiniteTensor."""
         for checkpoint, own in self._inputs(name):
             if not checkpoint.inspect(own).finite:
                 raise _non_finite(checkpoint.path, [own])
