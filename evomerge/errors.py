@@ -22,6 +22,8 @@
     │   └── NonFiniteModel
     ├── InfrastructureError       the attempt failed, not the candidate; it is retried
     │   ├── WorkerLost
+    │   │   └── NodeLost          its whole machine went
+    │   ├── VersionMismatch       a worker is not like the one that the study was started with
     │   └── OutOfMemory
     ├── StaleAttempt              a result whose attempt is no longer the live one; it is refused
     └── StudyStopped              every attempt fails in the same way, so the study stopped
@@ -139,6 +141,14 @@ class InfrastructureError(EvomergeError):
 
 class WorkerLost(InfrastructureError):
     """The worker died or stopped answering."""
+
+
+class NodeLost(WorkerLost):
+    """The worker's whole machine went, or cannot be reached: no fault of the candidate."""
+
+
+class VersionMismatch(InfrastructureError):
+    """A worker's libraries or device are not those that the study was started with."""
 
 
 class OutOfMemory(InfrastructureError):

@@ -14,17 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, NodeDiedError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from evomerge.errors import InfrastructureError, UserError, WorkerLost
+from evomerge.errors import InfrastructureError, NodeLost, UserError, WorkerLost
 from evomerge.service.executor import Event, Job, Setup
 from evomerge.service.wire import event_of, read_inspection
 from evomerge.spec import Workers
 from evomerge.trial import Failure
-from workers.actor import WorkerActor
+from workers.actor import SignBoard, WorkerActor
 
 _BOOT_S = 900.0  # an autoscaler may have to start a machine and pull an image first
 _BOOTS = 3
+_ASK_EVERY_S = 1.0
+_LONGEST_REST_S = 64.0
+_NODE_DIED = "its node has died"  # of an ActorDiedError only the text says it
 
 
 @dataclass
@@ -32,12 +36,13 @@ class _Slot:
     """A place for one worker: its actor, the job it runs, and how its attempts fare."""
 
     actor: Any
-    pending: Any  # the ref of its first answer, None once that came
+    pending: Any  # the ref of the answer that says it is fit, None once that came
     token: str | None = None
     well: bool = False  # its last attempt came back whole
     strikes: int = 0  # failures since then for which no candidate is to blame
     rests_until_s: float = 0.0
     worn: bool = False  # needs a new actor before its next job
+    refusal: str = ""  # why it cannot do this study's jobs
 
     def is_free(self, now_s: float) -> bool:
         """Whether a job can start here now: the cluster has placed it, nothing runs, no rest."""
@@ -51,8 +56,9 @@ class RayExecutor:
     demand that an autoscaler sees. A worker that fails twice in a row starts anew and, where others
     do well, rests first, longer each time; it keeps its place meanwhile, so that a broken machine
     does not draw the next worker in. Where all fail alike none rests: the study is to stop soon.
-    Joins the cluster of RAY_ADDRESS, else starts a local Ray that
-    ends with the executor. Raises UserError where the cluster cannot be joined.
+    A worker that refuses the study gets no job, and is asked again by a new actor now and then.
+    Joins the cluster of RAY_ADDRESS, else starts a local Ray that ends with the executor. Raises
+    UserError where the cluster cannot be joined.
     """
 
     def __init__(
@@ -76,6 +82,9 @@ class RayExecutor:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _join(workers)
+        self._board = _board()
+        self._signs: Any = None  # the ref of the board's next answer
+        self._ask_at_s = 0.0
 
     def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         """See Executor.inspect."""
@@ -96,7 +105,10 @@ class RayExecutor:
         """See Executor.prepare."""
         self._setup = setup
         for slot in self._slots:
-            slot.actor.prepare.remote(setup.to_json())
+            if slot.refusal:
+                slot.refusal, slot.rests_until_s = "", 0.0
+            if not slot.worn:
+                slot.pending = slot.actor.prepare.remote(setup.to_json())
 
     def free(self) -> int:
         """See Executor.free. An actor counts once the cluster has placed it."""
@@ -135,8 +147,19 @@ class RayExecutor:
         return [self._collect(result) for result in ready if result in self._running]
 
     def alive(self) -> Collection[str]:
-        """See Executor.alive. An actor says nothing before it is done."""
-        return ()
+        """See Executor.alive. Does not wait: what the board says comes with a later call."""
+        if self._signs is None:
+            if self._running and self._time_s() >= self._ask_at_s:
+                self._signs = self._board.take.remote()
+                self._ask_at_s = self._time_s() + _ASK_EVERY_S
+            return ()
+        if not ray.wait([self._signs], num_returns=1, timeout=0)[0]:
+            return ()
+        answer, self._signs = self._signs, None
+        try:
+            return set(ray.get(answer))
+        except RayError:  # Ray starts the board anew
+            return ()
 
     def close(self, *, now: bool) -> None:
         """See Executor.close."""
@@ -146,14 +169,14 @@ class RayExecutor:
         for slot in self._slots:
             ray.kill(slot.actor)
         self._slots.clear()
+        ray.kill(self._board)
         if self._owns_ray:
             ray.shutdown()
 
     def _inspect_on(self, slot: _Slot, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         if slot.worn:
             self._start(slot)
-        ray.get(slot.pending or slot.actor.ready.remote(), timeout=_BOOT_S)
-        slot.pending = None
+        ray.get(slot.actor.ready.remote(), timeout=_BOOT_S)
         # reads every byte of every checkpoint: no limit on that
         return read_inspection(ray.get(slot.actor.inspect.remote(dict(spec))))
 
@@ -184,17 +207,20 @@ class RayExecutor:
             max_task_retries=0,
             runtime_env={"env_vars": environment},
         )
-        slot.actor = actor.remote()
-        slot.pending = slot.actor.ready.remote()
+        slot.actor = actor.remote(self._board)
         slot.worn = False
-        if self._setup is not None:
-            slot.actor.prepare.remote(self._setup.to_json())
+        if self._setup is None:
+            slot.pending = slot.actor.ready.remote()
+        else:
+            slot.pending = slot.actor.prepare.remote(self._setup.to_json())
 
     def _settle(self, slot: _Slot) -> None:
-        """Take in an actor's first answer. Raises InfrastructureError where none can start."""
+        """Take in an actor's first answer. Raises InfrastructureError where none is of use."""
         try:
-            ray.get(slot.pending)
+            slot.refusal = ray.get(slot.pending) or ""
             slot.pending = None
+            if slot.refusal:
+                self._refused(slot)
         except RayError as error:
             self._end(slot)
             if slot.strikes >= _BOOTS and not any(other.well for other in self._slots):
@@ -203,6 +229,13 @@ class RayExecutor:
                     f"{_one_line(error)}"
                 ) from None
 
+    def _refused(self, slot: _Slot) -> None:
+        """Set a worker aside for a while: the next one in its place may do."""
+        slot.worn = True
+        slot.rests_until_s = self._time_s() + _LONGEST_REST_S
+        if sum(bool(other.refusal) for other in self._slots) == self._workers.count:
+            raise InfrastructureError(f"no worker can run this study; the last: {slot.refusal}")
+
     def _collect(self, result: Any) -> Event:
         slot = self._running.pop(result)
         token = slot.token or ""
@@ -210,7 +243,8 @@ class RayExecutor:
             event = event_of(ray.get(result))
         except RayError as error:
             self._end(slot)
-            failure = Failure(WorkerLost.__name__, f"the Ray actor died: {_one_line(error)}")
+            kind = NodeLost if _node_died(error) else WorkerLost
+            failure = Failure(kind.__name__, f"the Ray actor died: {_one_line(error)}")
             return Event(token, "ray", failure=failure)
         slot.token = None
         if event.failure is None or event.candidate:
@@ -233,7 +267,9 @@ class RayExecutor:
         slot.well = False
         slot.strikes += 1
         alone = not any(other.well for other in self._slots)
-        rest_s = 0.0 if alone or slot.strikes < 2 else 2.0 ** min(slot.strikes - 2, 6)
+        rest_s = (
+            0.0 if alone or slot.strikes < 2 else min(2.0 ** (slot.strikes - 2), _LONGEST_REST_S)
+        )
         slot.rests_until_s = self._time_s() + rest_s
 
 
@@ -244,10 +280,29 @@ def _join(workers: Workers) -> None:
             ray.init(address=address, log_to_driver=False)
             return
         cpus = max(os.cpu_count() or 1, workers.count * workers.num_cpus)
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+        ray.init("local", num_cpus=cpus, **options)  # not another one that runs here
     except (RayError, ConnectionError, ValueError) as error:
         where = address or "this machine"
         raise UserError(f"cannot join Ray at {where}: {_one_line(error)}") from None
+
+
+def _board() -> Any:
+    """A SignBoard on the controller's own node, started anew if it dies."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    return ray.remote(SignBoard).options(**options).remote()
+
+
+def _node_died(error: RayError) -> bool:
+    """Whether the machine is gone, and not the worker alone.
+
+    An actor is "unavailable" when it is cut off and its node does not say that it died, as a live
+    node does at once; that the node died Ray knows only half a minute later.
+    """
+    if isinstance(error, ActorUnavailableError | NodeDiedError):
+        return True
+    return _NODE_DIED in str(error)
 
 
 def _no_room(workers: Workers) -> str:

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from evomerge.errors import StudyStopped
+from evomerge.errors import NodeLost, StudyStopped
 from evomerge.service.executor import Event, Executor, Job
 from evomerge.service.ledger import Ledger
 from evomerge.spec import StudySpec
@@ -18,6 +18,7 @@ from evomerge.trial import Attempt, Failure, Part, Score, State
 
 Task = tuple[int, Part]
 _POLL_S = 0.25
+_NODES_LOST = 10  # so many a task may lose before they count; a bound, since nothing is for ever
 
 
 class Dispatcher:
@@ -41,6 +42,7 @@ class Dispatcher:
         self._pareto = spec.objective.aggregate == "pareto"
         self._queue: deque[Task] = deque()
         self._failures: Counter[Task] = Counter()
+        self._nodes_lost: Counter[Task] = Counter()
         self.given_up: set[Task] = set()
         self._time_s = time_s
         self._working_since_s = time_s()  # when the last poll returned
@@ -135,7 +137,7 @@ class Dispatcher:
 
     def _refuse(self, attempt: Attempt, event: Event, failure: Failure) -> None:
         task = (attempt.trial, attempt.part)
-        self._failures[task] += 1
+        self._count(task, failure)
         exhausted = self._failures[task] >= self._spec.workers.max_attempts
         # while nothing else succeeds the fault is not shown to be the candidate's
         broken = exhausted and not event.candidate and not self._works
@@ -158,6 +160,13 @@ class Dispatcher:
                 f"{self._failures[task]} times and nothing succeeds any more; the last time "
                 f"{failure.error}: {failure.message}"
             )
+
+    def _count(self, task: Task, failure: Failure) -> None:
+        """Count a failure against `max_attempts`, unless a whole machine went."""
+        if failure.error == NodeLost.__name__ and self._nodes_lost[task] < _NODES_LOST:
+            self._nodes_lost[task] += 1
+        else:
+            self._failures[task] += 1
 
     def _values(self, score: Score) -> tuple[float, ...]:
         return score.values(self._weights, pareto=self._pareto)

@@ -18,14 +18,17 @@ class Setup:
     """What a worker needs before its first job, as JSON.
 
     `digests` are the contents of the spec's checkpoints by path, `dtype` what it scores in.
+    `fingerprint` is the inspection's: a worker with other versions of the libraries refuses.
     """
 
     spec: Mapping[str, Any]
     digests: Mapping[str, str]
     dtype: str
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"spec": dict(self.spec), "digests": dict(self.digests), "dtype": self.dtype}
+        return {"spec": dict(self.spec), "digests": dict(self.digests), "dtype": self.dtype,
+                "fingerprint": dict(self.fingerprint)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ class Executor(Protocol):
         """
 
     def prepare(self, setup: Setup) -> None:
-        """Tell every worker, present and to come, what it will score. Comes before any submit."""
+        """Tell every worker, present and to come, what it will score. Comes before any submit.
+
+        A worker that refuses gets no job; where all refuse, `poll` raises InfrastructureError with
+        the reason, or every job comes back as WorkerLost with it.
+        """
 
     def free(self) -> int:
         """How many more jobs can be submitted now without queueing behind another."""

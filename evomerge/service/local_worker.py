@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from evomerge.errors import VersionMismatch
 from evomerge.service.wire import answer_inspection
 from evomerge.service.worker import Worker
 
@@ -58,12 +59,19 @@ def main() -> None:
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         if "prepare" in request:
-            worker.prepare(**request["prepare"])
+            _prepare(worker, request["prepare"])
         elif "inspect" in request:
             _answer(answers, answer_inspection(worker.inspect, request["inspect"]))
         else:
             signs.token = request["run"]["token"]
             _answer(answers, worker.run(**request["run"]))
+
+
+def _prepare(worker: Worker, setup: dict[str, Any]) -> None:
+    try:
+        worker.prepare(**setup)
+    except VersionMismatch as error:  # the controller reads our last words
+        sys.exit(str(error))
 
 
 def _answer(stream: TextIO, document: dict[str, Any]) -> None:

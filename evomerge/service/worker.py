@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import NonFiniteModel
+from evomerge.errors import NonFiniteModel, VersionMismatch
 from evomerge.merging.recipe import Recipe
 from evomerge.service.wire import failure_of
 from evomerge.spec import StudySpec
@@ -43,8 +45,23 @@ class Worker:
         checked = StudySpec.model_validate(spec)
         return inspect(checked, device_of(checked.evaluation.device))
 
-    def prepare(self, spec: Mapping[str, Any], digests: Mapping[str, str], dtype: str) -> None:
-        """Say what will be scored (see Setup); the heavy part is put off to the first job."""
+    def prepare(
+        self,
+        spec: Mapping[str, Any],
+        digests: Mapping[str, str],
+        dtype: str,
+        fingerprint: Mapping[str, Any] = {},
+    ) -> None:
+        """Say what will be scored (see Setup); the heavy part is put off to the first job.
+
+        Raises VersionMismatch where this worker is not like the one that inspected the study.
+        """
+        different = differences(fingerprint, spec["evaluation"]["device"])
+        if different:
+            raise VersionMismatch(
+                f"worker {self.name} would score otherwise: {'; '.join(different)}; "
+                "give every worker what the study was started with"
+            )
         limit_threads(spec)
         self._spec = StudySpec.model_validate(spec)
         self._places = {digest: path for path, digest in digests.items()}
@@ -97,6 +114,31 @@ class Worker:
         model.register_forward_hook(lambda *_: self._beat())
         scorer = ResidentScorer(model, tokenizer, spec.objective, spec.evaluation)
         return Materialiser(model, models, store=Prepared(cache_folder())), scorer
+
+
+def differences(fingerprint: Mapping[str, Any], device: str) -> list[str]:
+    """What is not here as a scorer's fingerprint has it: its libraries, Python, kind of device.
+
+    What else it holds follows from the spec; see `evomerge.scoring.fingerprint`.
+    """
+    if not fingerprint:
+        return []
+    here = {name: _version(name) for name in fingerprint["packages"]}
+    here["python"] = f"{sys.version_info.major}.{sys.version_info.minor}"
+    here["device"] = device_of(device).partition(":")[0]
+    study = {**fingerprint["packages"], **fingerprint}
+    return [
+        f"{name} is {here[name]} here and {study[name]} in the study"
+        for name in here
+        if here[name] != study[name]
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def device_of(wanted: str) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from evomerge.errors import SpecError
+from evomerge.errors import InfrastructureError, SpecError
 from evomerge.merging.recipe import Recipe
 from evomerge.service.baselines import baselines
 from evomerge.service.executor import Event, Executor, Job, Setup
@@ -122,6 +123,33 @@ class ExecutorContract:
         for job in jobs(record, 2):
             executor.submit(job)
         assert all(event.score is not None for event in collect(executor, 2).values())
+
+    def test_a_worker_with_other_versions_refuses_and_says_which(
+        self, executor: Executor, record: StudyRecord, setup: Setup
+    ) -> None:
+        fingerprint = record.inspection["fingerprint"]
+        other = {**fingerprint, "packages": {**fingerprint["packages"], "torch": "1.0"}}
+        here = fingerprint["packages"]["torch"]
+        executor.prepare(replace(setup, fingerprint=other))
+        for message in _refusals(executor, jobs(record, 2)):
+            assert f"torch is {here} here and 1.0 in the study" in message
+        executor.prepare(replace(setup, fingerprint=fingerprint))
+        wait_for_room(executor, 2)
+        good = jobs(record, 1)[0]
+        executor.submit(good)
+        assert collect(executor, 1)[good.token].score is not None
+
+
+def _refusals(executor: Executor, refused: list[Job]) -> list[str]:
+    """Why these jobs, or all jobs, cannot be run."""
+    try:
+        wait_for_room(executor, len(refused))
+    except InfrastructureError as error:
+        return [str(error)]
+    for job in refused:
+        executor.submit(job)
+    events = collect(executor, len(refused)).values()
+    return [event.failure.message if event.failure else "no refusal" for event in events]
 
 
 def _overflowing(recipe: Mapping[str, Any]) -> dict[str, Any]:

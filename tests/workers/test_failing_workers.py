@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from evomerge.errors import InfrastructureError, StudyStopped, UserError, WorkerLost
 from evomerge.merging.recipe import ModelRef, Recipe
 from evomerge.service.baselines import baselines
-from evomerge.service.executor import Event, Job
+from evomerge.service.executor import Event, Job, Setup
 from evomerge.service.study import build_controller, controlling, open_study
 from evomerge.spec import StudySpec, Workers
 from evomerge.store.memory import MemoryStore
@@ -27,9 +27,10 @@ from evomerge.testing.synthetic import (
     synthetic_spec,
 )
 from workers import executor as module
-from workers.actor import WorkerActor
+from workers.actor import SignBoard, WorkerActor
 from workers.executor import RayExecutor
 
+DEAD = RayActorError(error_msg="no such module")
 Answer = Callable[[int, int], str]
 """(place, how many jobs ran there before) -> `score`, `broken`, `nan` or `dies`."""
 
@@ -38,12 +39,18 @@ class FakeRay:
     """One process: each call runs at once, and its ref is its answer's key.
 
     An actor takes the lowest free place, as one machine after another; `boots` says whether the
-    n-th actor ever made comes up.
+    n-th actor ever made comes up, `refuses` what the actor at a place has against the study.
     """
 
-    def __init__(self, answer: Answer, boots: Callable[[int], bool] = lambda n: True) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        boots: Callable[[int], bool] = lambda n: True,
+        refuses: Callable[[int], str | None] = lambda place: None,
+    ) -> None:
         self._answer = answer
         self._boots = boots
+        self._refuses = refuses
         self._places: dict[int, Any] = {}
         self._ran: dict[int, int] = {}
         self._answers: dict[str, Any] = {}
@@ -52,7 +59,13 @@ class FakeRay:
     def is_initialized(self) -> bool:
         return True
 
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "ab" * 28)
+
     def remote(self, kind: type) -> Any:
+        if kind is SignBoard:
+            board = SimpleNamespace(place=None, take=self._call(list))
+            return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: board))
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._start))
 
     def wait(self, refs: Sequence[str], num_returns: int, timeout: float) -> Any:
@@ -68,16 +81,16 @@ class FakeRay:
         if self._places.get(actor.place) is actor:
             del self._places[actor.place]
 
-    def _start(self) -> Any:
+    def _start(self, board: Any) -> Any:
         place = next(i for i in range(99) if i not in self._places)
         up = self._boots(self.started)
         self.started += 1
         actor = SimpleNamespace(place=place)
-        actor.ready = self._call(lambda: "up" if up else RayActorError(error_msg="no such module"))
+        actor.ready = self._call(lambda: None if up else DEAD)
         actor.inspect = self._call(
             lambda spec: {"inspection": synthetic_inspection(StudySpec.model_validate(spec))}
         )
-        actor.prepare = self._call(lambda setup: None)
+        actor.prepare = self._call(lambda setup: self._refuses(place) if up else DEAD)
         actor.run = self._call(lambda token, recipe, part: self._run(place, token, recipe, part))
         self._places[place] = actor
         return actor
@@ -250,13 +263,70 @@ def test_an_inspection_moves_on_from_a_machine_that_is_gone(
 
 
 def test_a_worker_that_cannot_be_prepared_says_why() -> None:
-    actor = WorkerActor()
+    actor = WorkerActor(None)
     actor._worker.prepare = _no_torch  # type: ignore[method-assign]
-    actor.prepare({"spec": {}, "digests": {}, "dtype": "float32"})
-    answer = actor.run("token", {}, "search")
-    assert answer["failure"]["error"] == "ModuleNotFoundError"
-    assert "torch" in answer["failure"]["message"]
-    assert not answer["candidate"]
+    refusal = actor.prepare({"spec": {}, "digests": {}, "dtype": "float32"})
+    assert refusal is not None
+    assert "ModuleNotFoundError: No module named 'torch'" in refusal
+
+
+REFUSAL = "VersionMismatch: torch is 2.12.0 here and 2.13.0 in the study"
+
+
+def test_a_study_goes_on_without_a_worker_that_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(lambda *_: "score", refuses=lambda place: REFUSAL if place == 1 else None)
+    executor, _clock = executor_on(monkeypatch, ray)
+    store = _study(executor)
+    assert rows(store, synthetic_spec()) == rows(_study(SyntheticExecutor()), synthetic_spec())
+    assert list(ray._ran) == [0]
+    attempts = [a for trial in store.trials("synthetic") for a in trial.attempts]
+    assert all(attempt.failure is None for attempt in attempts), "it cost no attempt"
+
+
+def test_a_study_that_every_worker_refuses_stops_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(lambda *_: "score", refuses=lambda place: REFUSAL)
+    executor, _clock = executor_on(monkeypatch, ray)
+    with pytest.raises(InfrastructureError, match=r"no worker can.*torch is 2\.12\.0 here and"):
+        _study(executor)
+    assert not ray._ran
+
+
+def test_a_worker_that_refused_is_asked_again_and_then_trusted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repaired = False
+    ray = FakeRay(
+        lambda *_: "score", refuses=lambda place: REFUSAL if place == 1 and not repaired else None
+    )
+    executor, clock = executor_on(monkeypatch, ray)
+    executor.prepare(Setup(SPEC, {}, "float32"))
+    executor.poll(0)
+    assert executor.free() == 1
+    clock.now_s, repaired = 63.0, True
+    assert not restarted(executor), "not yet"
+    clock.now_s = 64.0
+    assert restarted(executor)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("The actor died because its node has died. Node Id: 1", "NodeLost"),
+        ("The actor died because its process has died.", "WorkerLost"),
+    ],
+)
+def test_a_machine_that_went_is_told_from_a_worker_that_died(
+    monkeypatch: pytest.MonkeyPatch, text: str, error: str
+) -> None:
+    ray = FakeRay(lambda place, before: "score")
+    ray._run = lambda *_: RayActorError(error_msg=text)  # type: ignore[method-assign]
+    executor, _clock = executor_on(monkeypatch, ray)
+    event, *_ = one_round(executor, "all")
+    assert event.failure is not None
+    assert event.failure.error == error
+    assert text in event.failure.message
 
 
 def _no_torch(*_: Any, **__: Any) -> None:

@@ -57,13 +57,13 @@ def actor_at(gate: Gate) -> type:
     folder = str(gate.folder)
 
     class Actor:
-        def __init__(self) -> None:
+        def __init__(self, board: Any) -> None:
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             self._name = f"{ray.get_runtime_context().get_node_id()}:{os.getpid()}:{gpus}"
             self._tasks: list[str] = []
 
-        def ready(self) -> str:
-            return self._name
+        def ready(self) -> None:
+            pass
 
         def inspect(self, spec: Mapping[str, Any]) -> dict[str, Any]:
             from evomerge.spec import StudySpec
@@ -204,7 +204,7 @@ def test_a_node_that_joins_is_used_and_one_that_is_killed_costs_nothing(
     table, attempts = study(Watched(Workers(count=2, num_gpus=1), gate, join_then_die))
     assert table == undisturbed
     lost = [attempt for attempt in attempts if attempt.state is not State.COMPLETE]
-    assert [attempt.failure.error for attempt in lost if attempt.failure] == ["WorkerLost"]
+    assert [attempt.failure.error for attempt in lost if attempt.failure] == ["NodeLost"]
     assert set(nodes_of(gate.waiting())) == {first.node_id, late[0].node_id}
 
 
