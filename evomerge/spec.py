@@ -121,7 +121,7 @@ class Evaluation(_Section):
 class Workers(_Section):
     """Who runs attempts, with how much of a machine each; an attempt whose worker gives no sign of
     life for `lease_s` seconds, while it loads a model or scores, is lost and counts as one of
-    `max_attempts`. Workers on Ray give none: there it limits the whole attempt.
+    `max_attempts`.
     """
 
     count: int = Field(default=1, ge=1)
