@@ -1,12 +1,14 @@
 """A large study on the real controller and store, its workers in virtual time.
 
     python benchmarks/scale.py [--trials 10000] [--workers 1000] [--genes 100]
-        [--schedule asynchronous] [--median-s 60] [--store URL]
+        [--schedule asynchronous] [--median-s 60] [--recorded 0] [--store URL]
 
 Evaluations last log-normal times (σ 0.7, median `--median-s`) of virtual time; what the controller
 spends of CPU time is put on that clock, so utilisation is what a cluster would see. Everything a
 real run has is on: store (SQLite in a temporary folder unless `--store` names another), decoding,
-Optuna mirror, progress view. A generation is as large as half of the workers.
+Optuna mirror, progress view. A generation is as large as half of the workers. With `--recorded`
+the study goes on from that many finished trials, which are written in bulk: what 100,000 trials
+cost is then measured in minutes.
 
 Prints controller time, store and memory along the study, the time from a resume to its first
 dispatch, and commits a second beside a bare loop of INSERTs; exits with 1 if a target is missed.
@@ -25,21 +27,28 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import sqlalchemy as sa
 
 from evomerge.service.executor import Job
 from evomerge.service.progress import PlainView
-from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.service.study import Models, build_controller, controlling, open_study
+from evomerge.space import load_space
 from evomerge.spec import StudySpec
 from evomerge.store import open_store
 from evomerge.store.base import StudyRecord
 from evomerge.store.engine import make_engine, transaction
 from evomerge.store.mirror import OptunaMirror
+from evomerge.store.rows import score_columns, trial_columns
+from evomerge.store.sql import SqlStore
+from evomerge.store.tables import attempts, scores, studies, trials
 from evomerge.testing.synthetic import synthetic_spec
 from evomerge.testing.virtual_time import VirtualExecutor
+from evomerge.trial import NewTrial, Score, TaskScore
 
 SIGMA, SOURCES = 0.7, 4
 UTILISATION, RATIO, RESUME_S, GROWTH = 0.95, 1.5, 60.0, 1.1
@@ -59,11 +68,13 @@ class Sample:
 class Sampled(VirtualExecutor):
     """Takes a sample of this process every `every` results."""
 
-    def __init__(self, workers: int, median_s: float, url: str, every: int) -> None:
+    def __init__(
+        self, workers: int, median_s: float, url: str, *, recorded: int, every: int
+    ) -> None:
         generator = random.Random(0)
         mu = math.log(median_s)
         super().__init__(workers, lambda: generator.lognormvariate(mu, SIGMA))
-        self._url, self._every, self._began_s = url, every, 0.0
+        self._url, self._recorded, self._every = url, recorded, every
         self.samples: list[Sample] = []
 
     def poll(self, timeout_s: float) -> Sequence:  # type: ignore[type-arg]
@@ -71,8 +82,16 @@ class Sampled(VirtualExecutor):
         if self.finished // self._every > len(self.samples):
             cpu_s = time.process_time() - self.own_s
             self.samples.append(
-                Sample(self.finished, self.now_s, cpu_s, _rss_mb(), _store_mb(self._url))
+                Sample(
+                    self._recorded + self.finished,
+                    self.now_s,
+                    cpu_s,
+                    _rss_mb(),
+                    _store_mb(self._url),
+                )
             )
+            if len(self.samples) > 1:
+                _print_sample(*self.samples[-2:])
         return events
 
 
@@ -94,6 +113,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--genes", type=int, default=100)
     parser.add_argument("--median-s", type=float, default=60.0)
+    parser.add_argument("--recorded", type=int, default=0)
     parser.add_argument("--schedule", default="asynchronous")
     parser.add_argument("--store", help="an empty database; SQLite in a temporary folder if absent")
     options = parser.parse_args()
@@ -103,20 +123,29 @@ def main() -> int:
 
 
 def _measure(options: argparse.Namespace, url: str) -> int:
-    spec = _spec(options, options.trials)
-    executor = Sampled(options.workers, options.median_s, url, max(1, options.trials // 20))
+    budget = options.recorded + options.trials
+    spec = _spec(options, budget)
+    if options.recorded:
+        _record(spec, url, options.recorded)
+    executor = Sampled(
+        options.workers,
+        options.median_s,
+        url,
+        recorded=options.recorded,
+        every=max(1, options.trials // 20),
+    )
+    print(f"{'evaluations':>12}{'ms CPU each':>13}{'MB memory':>11}{'kB store each':>15}")
     wall_s = _run(spec, url, executor)
     # while all workers have work: at the end, when they run out of it, all is quicker
     samples = [s for s in executor.samples if s.virtual_s <= executor.searched_s]
-    _print_samples(samples)
     utilisation = executor.searched_busy_s / (options.workers * executor.searched_s)
-    resume_s = _resume(_spec(options, options.trials + options.workers), url)
-    print(f"\n{options.schedule}: {options.trials} trials, {options.workers} workers, "
-          f"{options.genes} genes, {wall_s:.0f} s")  # fmt: skip
+    resume_s = _resume(_spec(options, budget + options.workers), url)
+    study = f"{options.trials} trials after {options.recorded}, {options.workers} workers"
+    print(f"\n{options.schedule}: {study}, {options.genes} genes, {wall_s:.0f} s")
     return _print_targets(samples, utilisation, resume_s)
 
 
-def _spec(options: argparse.Namespace, trials: int) -> StudySpec:
+def _spec(options: argparse.Namespace, budget: int) -> StudySpec:
     blocks = options.genes // SOURCES
     weight = {"per": "source", "blocks": blocks, "low": 0.0, "high": 1.0, "init": 0.4}
     return synthetic_spec(
@@ -128,7 +157,7 @@ def _spec(options: argparse.Namespace, trials: int) -> StudySpec:
             "population": max(4, options.workers // 2),
             "schedule": options.schedule,
         },
-        budget={"trials": trials},
+        budget={"trials": budget},
     )
 
 
@@ -145,6 +174,49 @@ def _run(spec: StudySpec, url: str, executor: VirtualExecutor) -> float:
         controller.run()
     store.close()
     return time.perf_counter() - began_s
+
+
+def _record(spec: StudySpec, url: str, number: int) -> None:
+    """Write finished trials past the controller: every genome at random, one recipe for all."""
+    store, executor = SqlStore(url), VirtualExecutor(1, lambda: 1.0)
+    record = open_study(spec, store, executor)
+    with controlling(record, store) as token:
+        build_controller(record, store, executor, token)
+        first = len(store.trials(spec.name))
+    with transaction(store.engine, write=False) as connection:
+        study_id = connection.execute(sa.select(studies.c.id)).scalar_one()
+    models, space = Models.of(record), load_space(record.spec["space"])
+    generator = random.Random(0)
+    genes = len(space.genes(list(models.sources)))
+    recipe = space.decode(
+        [0.5] * genes, base=models.base, sources=models.sources, dtype=models.dtype, seed=0
+    ).to_json()
+    ahead = 0 if spec.sampler.schedule != "asynchronous" else 1
+    for start in range(0, number, 1000):
+        rows: dict[sa.Table, list[dict[str, Any]]] = {trials: [], attempts: [], scores: []}
+        for i in range(start, min(start + 1000, number)):
+            genome = tuple(generator.random() for _ in range(genes))
+            new = NewTrial(first + i, "search", f"trial {first + i}", genome, recipe,
+                           f"{generator.getrandbits(256):064x}")  # fmt: skip
+            value = generator.random()
+            done = {"state": "COMPLETE", "objectives": (value,), "tell_order": i + ahead * (i + 1)}
+            rows[trials].append(trial_columns(study_id, new) | done)
+            rows[attempts].append(_attempt(study_id, first + i, f"{generator.getrandbits(128):x}"))
+            outcomes = tuple(float(generator.random() < value) for _ in range(100))
+            task = TaskScore("acc", value, None, 100, True, outcomes)
+            scored = Score({named.task: task for named in spec.objective.tasks})
+            rows[scores] += score_columns(study_id, first + i, "search", scored)
+        with transaction(store.engine, write=True) as connection:
+            for table, values in rows.items():
+                connection.execute(table.insert(), values)
+    store.close()
+
+
+def _attempt(study_id: int, number: int, token: str) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    return {"study_id": study_id, "trial": number, "part": "search", "number": 1, "token": token,
+            "state": "COMPLETE", "worker": "virtual-0", "started_at": now, "lease_until": now,
+            "finished_at": now, "seconds": {"score": 60.0, "controller": 0.01}}  # fmt: skip
 
 
 def _mirror(url: str):  # type: ignore[no-untyped-def]
@@ -164,11 +236,9 @@ def _resume(spec: StudySpec, url: str) -> float:
     raise AssertionError("the resumed study had nothing to do")
 
 
-def _print_samples(samples: Sequence[Sample]) -> None:
-    print(f"{'evaluations':>12}{'ms CPU each':>13}{'MB memory':>11}{'kB store each':>15}")
-    for before, now in itertools.pairwise(samples):
-        each, kb = _ms_each(before, now), 1000 * now.store_mb / now.trials
-        print(f"{now.trials:12}{each:13.2f}{now.rss_mb:11.0f}{kb:15.2f}", flush=True)
+def _print_sample(before: Sample, now: Sample) -> None:
+    each, kb = _ms_each(before, now), 1000 * now.store_mb / now.trials
+    print(f"{now.trials:12}{each:13.2f}{now.rss_mb:11.0f}{kb:15.2f}", flush=True)
 
 
 def _ms_each(before: Sample, now: Sample) -> float:

@@ -95,6 +95,7 @@ class Controller:
         for tell in self._ledger.tells():
             self._note_tell(tell.order)
             self._sampler.tell(self._result(tell.number, tell.genome, tell.values))
+            self._renew()
         open_trials = [t for t in self._ledger.trials if not t.state.finished]
         self._dispatcher.enqueue((t.number, "search") for t in open_trials)
 
@@ -173,12 +174,16 @@ class Controller:
         if self._stopping:
             self._dispatcher.drop_queue()
         changed = self._dispatcher.step()
+        self._renew()
+        if changed and self._time_s() - self._watched_s > _WATCH_EVERY_S:
+            self._show()
+
+    def _renew(self) -> None:
+        """Stay the study's controller, where a third of the lease is spent."""
         now_s = self._time_s()
         if now_s - self._renewed_s > CONTROLLER_LEASE_S / 3:
             self._ledger.renew(CONTROLLER_LEASE_S)
             self._renewed_s = now_s
-        if changed and now_s - self._watched_s > _WATCH_EVERY_S:
-            self._show()
 
     def _show(self) -> None:
         self._watched_s = self._time_s()

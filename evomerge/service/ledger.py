@@ -31,7 +31,7 @@ def utc_now() -> datetime:
 _PAGE = 500  # trials read at once
 _SETTLED = 256  # trials that are told before those among them that do not matter are let go
 
-Show = Callable[[Sequence[Trial]], object]
+_Show = Callable[[Sequence[Trial]], object]
 
 
 class Ledger:
@@ -47,7 +47,7 @@ class Ledger:
         controller: str,
         *,
         clock: Clock = utc_now,
-        show: Show = lambda trials: None,
+        show: _Show = lambda trials: None,
     ) -> None:
         self.record = record
         self.counts = Counts()

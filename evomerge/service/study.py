@@ -23,7 +23,7 @@ from evomerge.service.baselines import baselines
 from evomerge.service.controller import CONTROLLER_LEASE_S, Controller, Mirror
 from evomerge.service.dispatch import Dispatcher
 from evomerge.service.executor import Executor, Setup
-from evomerge.service.ledger import Clock, Ledger, Show, utc_now
+from evomerge.service.ledger import Clock, Ledger, utc_now
 from evomerge.service.liveness import is_dead, process_start
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing, work_done
@@ -32,7 +32,7 @@ from evomerge.space import Space, load_space
 from evomerge.spec import StudySpec
 from evomerge.store.base import Controller as Holder
 from evomerge.store.base import StudyRecord, StudyStore
-from evomerge.trial import Genome, NewTrial
+from evomerge.trial import Genome, NewTrial, Trial
 
 MakeMirror = Callable[[StudyRecord, Sequence[str]], Mirror | None]
 """(study, gene names) -> the mirror to keep up to date, if any."""
@@ -121,8 +121,15 @@ def build_controller(
     models, space = Models.of(record), load_space(record.spec["space"])
     genes = space.genes(list(models.sources))
     mirror = make_mirror(record, [gene.name for gene in genes])
-    shown: Show = mirror.sync if mirror is not None else lambda trials: None
-    ledger = Ledger(store, record, token, clock=clock, show=shown)
+
+    def loaded(trials: Sequence[Trial]) -> None:
+        if mirror is not None:
+            mirror.sync(trials)
+        # a long study takes a while to read
+        until = clock() + timedelta(seconds=CONTROLLER_LEASE_S)
+        store.renew(record.name, token, lease_until=until)
+
+    ledger = Ledger(store, record, token, clock=clock, show=loaded)
     if not len(ledger):
         ledger.create(baselines(models.base, models.sources, models.dtype))
     fingerprint = record.inspection["fingerprint"]

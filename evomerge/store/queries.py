@@ -29,10 +29,35 @@ from evomerge.trial import Part, Score, State, Trial
 RUNNING, WAITING = State.RUNNING.value, State.WAITING.value
 COMPLETE, FAIL = State.COMPLETE.value, State.FAIL.value
 
-MARK_TOLD = (
-    trials.update()
-    .where(trials.c.study_id == sa.bindparam("of"), trials.c.number == sa.bindparam("this"))
-    .values(tell_order=sa.bindparam("place"))
+# what every trial needs is put together once: that costs more than to send it
+LOCK = (
+    sa.select(studies.c.id, studies.c.controller_token)
+    .where(studies.c.name == sa.bindparam("study"))
+    .with_for_update()
+)
+_THIS_TRIAL = (trials.c.study_id == sa.bindparam("of"), trials.c.number == sa.bindparam("this"))
+MARK_TOLD = trials.update().where(*_THIS_TRIAL).values(tell_order=sa.bindparam("place"))
+RUN_TRIAL = trials.update().where(*_THIS_TRIAL).values(state=RUNNING)
+_THIS_ATTEMPT = (
+    attempts.c.study_id == trials.c.study_id,
+    attempts.c.trial == trials.c.number,
+    attempts.c.part == sa.bindparam("part"),
+)
+_THIS_SCORE = (
+    scores.c.study_id == trials.c.study_id,
+    scores.c.trial == trials.c.number,
+    scores.c.part == sa.bindparam("part"),
+)
+_STARTABLE = sa.select(
+    trials.c.state,
+    sa.select(sa.func.count()).select_from(attempts).where(*_THIS_ATTEMPT).scalar_subquery(),
+    sa.exists().where(*_THIS_ATTEMPT, attempts.c.state == RUNNING),
+    sa.exists().where(*_THIS_SCORE),
+).where(*_THIS_TRIAL)
+_REPLACE_MARK = (
+    marks.update()
+    .where(marks.c.study_id == sa.bindparam("of"), marks.c.mark == sa.bindparam("last"))
+    .values(mark=sa.bindparam("new"))
 )
 
 
@@ -74,32 +99,14 @@ def check_startable(
     connection: sa.Connection, study: str, study_id: int, number: int, part: Part
 ) -> int:
     """Check that a part of a trial may be started or answered; returns how many attempts it had."""
-    state = connection.execute(
-        sa.select(trials.c.state).where(trials.c.study_id == study_id, trials.c.number == number)
-    ).scalar()
-    if state is None:
+    row = connection.execute(_STARTABLE, {"of": study_id, "this": number, "part": part}).first()
+    if row is None:
         raise rules.no_trial(study, number)
-    earlier = connection.execute(
-        sa.select(attempts.c.state).where(
-            attempts.c.study_id == study_id,
-            attempts.c.trial == number,
-            attempts.c.part == part,
-        )
-    ).scalars()
-    states = list(earlier)
-    scored = connection.execute(
-        sa.select(scores.c.task)
-        .where(scores.c.study_id == study_id, scores.c.trial == number, scores.c.part == part)
-        .limit(1)
-    ).first()
+    state, earlier, open_attempt, scored = row
     rules.check_startable(
-        number,
-        part,
-        state=State(state),
-        open_attempt=RUNNING in states,
-        scored=scored is not None,
+        number, part, state=State(state), open_attempt=bool(open_attempt), scored=bool(scored)
     )
-    return len(states)
+    return int(earlier)
 
 
 def close_attempt(
@@ -126,14 +133,13 @@ def leave_mark(connection: sa.Connection, study_id: int, mark: str, last: str | 
 
     With None for `last` any will do.
     """
-    update = marks.update().where(marks.c.study_id == study_id).values(mark=mark)
     if last is not None:
-        update = update.where(marks.c.mark == last)
-    if connection.execute(update).rowcount:
-        return True
-    if last is None:
+        replaced = connection.execute(_REPLACE_MARK, {"of": study_id, "last": last, "new": mark})
+        return bool(replaced.rowcount)
+    update = marks.update().where(marks.c.study_id == study_id).values(mark=mark)
+    if not connection.execute(update).rowcount:
         connection.execute(marks.insert(), {"study_id": study_id, "mark": mark})
-    return last is None
+    return True
 
 
 def count_refusal(connection: sa.Connection, study_id: int, kind: Refusal) -> None:

@@ -28,7 +28,9 @@ from evomerge.store.base import Controller, Refusal, StudyRecord, Tell
 from evomerge.store.engine import LOCK_WAIT_S, CommitUnknown, make_engine, transaction
 from evomerge.store.migrations import prepare
 from evomerge.store.queries import (
+    LOCK,
     MARK_TOLD,
+    RUN_TRIAL,
     check_startable,
     close_attempt,
     close_open_attempts,
@@ -207,7 +209,7 @@ class SqlStore:
                 }
                 connection.execute(attempts.insert(), {"study_id": study_id, **row})
                 if part == "search":
-                    set_trial(connection, study_id, number, {"state": RUNNING})
+                    connection.execute(RUN_TRIAL, {"of": study_id, "this": number})
         except IntegrityError:
             raise rules.token_used(study, token) from None
         return Attempt(**{**row, "state": State.RUNNING})
@@ -369,11 +371,10 @@ class SqlStore:
         quiet end and StoreUnreachable.
         """
         mark = uuid.uuid4().hex
-        query = sa.select(studies.c.id, studies.c.controller_token).where(studies.c.name == study)
         with self._last[study].lock:
             try:
                 with transaction(self.engine, write=True) as connection:
-                    row = connection.execute(query.with_for_update()).first()
+                    row = connection.execute(LOCK, {"study": study}).first()
                     if row is None:
                         raise rules.study_not_found(study)
                     yield connection, row[0], row[1]

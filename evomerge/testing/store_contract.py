@@ -20,7 +20,7 @@ from datetime import timedelta, timezone
 import pytest
 
 from evomerge.errors import StaleAttempt, StudyChanged
-from evomerge.store.base import StudyStore
+from evomerge.store.base import StudyStore, Tell
 from evomerge.testing.store_builders import (
     BAD,
     LEASE,
@@ -117,6 +117,16 @@ class TestsOfTrials:
         for number in (11, 3, 10, 2):
             study.store.create_trials("s", [new_trial(number)], controller="c1")
         assert [trial.number for trial in study.store.trials("s")] == [0, 1, 2, 3, 10, 11]
+
+    def test_a_range_of_trials_comes_with_what_belongs_to_them(self, study: StudyUnderTest) -> None:
+        study.store.create_trials("s", [new_trial(n) for n in (2, 3)], controller="c1")
+        for number in range(4):
+            study.start(number, token=f"t{number}")
+            study.finish(f"t{number}")
+        every = list(study.store.trials("s"))
+        assert list(study.store.trials("s", numbers=range(1, 3))) == every[1:3]
+        assert list(study.store.trials("s", numbers=range(3, 9))) == every[3:]
+        assert list(study.store.trials("s", numbers=range(4, 9))) == []
 
     @pytest.mark.parametrize("numbers", [(2, 1), (2, 2)])
     def test_trials_are_created_all_or_none(
@@ -405,7 +415,7 @@ class TestsOfReuse:
 
 
 class TestsOfTells:
-    """mark_told."""
+    """mark_told, told."""
 
     def orders(self, study: StudyUnderTest) -> list[int | None]:
         return [trial.tell_order for trial in study.store.trials("s")]
@@ -433,6 +443,18 @@ class TestsOfTells:
         study.store.mark_told("s", {2: 7, 0: 12}, controller="c1")
         study.store.mark_told("s", {1: 9}, controller="c1")
         assert self.orders(study) == [12, 9, 7]
+
+    def test_tells_come_in_their_order_some_at_a_time(self, study: StudyUnderTest) -> None:
+        study.start(0)
+        study.finish()
+        study.start(1, token="t2")
+        study.fail("t2")
+        study.store.mark_told("s", {0: 12, 1: 9}, controller="c1")
+        first, second = Tell(9, 1, (0.25, 0.75), None), Tell(12, 0, (0.25, 0.75), (0.5,))
+        assert list(study.store.told("s", limit=5)) == [first, second]
+        assert list(study.store.told("s", limit=1)) == [first]
+        assert list(study.store.told("s", after=9, limit=5)) == [second]
+        assert list(study.store.told("s", after=12, limit=5)) == []
 
     def test_marking_nothing_is_nothing(self, study: StudyUnderTest) -> None:
         study.store.mark_told("s", {}, controller="c1")
