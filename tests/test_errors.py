@@ -49,6 +49,7 @@ def test_several_problems_are_a_list_and_one_is_a_line() -> None:
 
 
 def test_what_the_user_can_mend_is_a_user_error() -> None:
-    ours = {"CandidateError", "NonFiniteModel", "InfrastructureError", "WorkerLost", "OutOfMemory"}
+    ours = {"CandidateError", "NonFiniteModel", "InfrastructureError", "WorkerLost", "NodeLost"}
+    ours |= {"VersionMismatch", "OutOfMemory"}
     others = {kind.__name__ for kind in CLASSES if not issubclass(kind, UserError)}
     assert others == {*ours, "EvomergeError", "StaleAttempt", "StudyStopped"}

@@ -26,16 +26,19 @@ DEADLINE_S = 120.0  # nothing is timed: this ends a test that hangs
 
 
 def busy_actor() -> type:
-    """An actor that works, or hangs, until a file appears; made here: Ray ships it by value."""
+    """An actor that works until one file appears, hangs until another does, and is done.
+
+    Made here, so that Ray ships it by value.
+    """
 
     class Busy:
         def __init__(self, beat: Callable[[], None]) -> None:
             self._beat = beat
 
         def run(self, token: str, recipe: dict[str, Any], part: str) -> dict[str, Any]:
-            while not Path(recipe["until"]).exists():
+            while not Path(recipe["ends"]).exists():
                 time.sleep(0.01)
-                if recipe["works"]:
+                if not Path(recipe["hangs"]).exists():
                     self._beat()
             name = threading.current_thread().name
             return {"token": token, "worker": name, "score": {"tasks": {}}, "seconds": {}}
@@ -71,17 +74,25 @@ def test_a_job_that_gets_on_is_told_from_one_that_hangs(
     executor: RayExecutor, tmp_path: Path
 ) -> None:
     wait_for_room(executor, 2)
-    end = tmp_path / "end"
-    for token in ("works", "hangs"):
-        executor.submit(Job(token, {"until": str(end), "works": token == "works"}, "search"))
+    end, later = tmp_path / "end", tmp_path / "later"
+    for token, hangs in (("works", later), ("hangs", tmp_path)):
+        executor.submit(Job(token, {"ends": str(end), "hangs": str(hangs)}, "search"))
     for _ in range(5):
         assert alive_soon(executor) == {"works"}
     ray.kill(executor._board, no_restart=False)
     for _ in range(5):
         assert alive_soon(executor) == {"works"}, "a board that died is started anew"
+    later.touch()
+    deadline = time.monotonic() + DEADLINE_S
+    answers = 0
+    while answers < 3:  # one may be under way, one may tell of the time before
+        assert time.monotonic() < deadline, "still said to be alive"
+        asked = executor._signs
+        assert executor.poll(0.1) == []
+        if executor.alive():
+            answers = 0
+        elif asked is not None and executor._signs is None:
+            answers += 1
     end.touch()
     events = collect(executor, 2)
     assert {event.worker for event in events.values()} == {"MainThread"}, "where alarms can be set"
-    for _ in range(20):
-        executor.alive()
-    assert set(executor.alive()) == set()
