@@ -46,6 +46,7 @@ from evomerge.store.mirror import OptunaMirror
 from evomerge.store.rows import score_columns, trial_columns
 from evomerge.store.sql import SqlStore
 from evomerge.store.tables import attempts, scores, studies, trials
+from evomerge.testing.store_builders import StudyUnderTest
 from evomerge.testing.synthetic import synthetic_spec
 from evomerge.testing.virtual_time import VirtualExecutor
 from evomerge.trial import NewTrial, Score, TaskScore
@@ -142,6 +143,7 @@ def _measure(options: argparse.Namespace, url: str) -> int:
     resume_s = _resume(_spec(options, budget + options.workers), url)
     study = f"{options.trials} trials after {options.recorded}, {options.workers} workers"
     print(f"\n{options.schedule}: {study}, {options.genes} genes, {wall_s:.0f} s")
+    print("{:.0f} write transactions/s, a bare INSERT {:.0f}/s".format(*_write_rates(url)))
     return _print_targets(samples, utilisation, resume_s)
 
 
@@ -217,6 +219,27 @@ def _attempt(study_id: int, number: int, token: str) -> dict[str, Any]:
     return {"study_id": study_id, "trial": number, "part": "search", "number": 1, "token": token,
             "state": "COMPLETE", "worker": "virtual-0", "started_at": now, "lease_until": now,
             "finished_at": now, "seconds": {"score": 60.0, "controller": 0.01}}  # fmt: skip
+
+
+def _write_rates(url: str, count: int = 300) -> tuple[float, float]:
+    """Transactions a second: starts and results of trials, and a loop of bare INSERTs."""
+    store = SqlStore(url)
+    study = StudyUnderTest(store, "writes", trials=count)
+    began_s = time.perf_counter()
+    for number in range(count):
+        study.start(number, token=str(number))
+        study.finish(str(number))
+    ours_s = time.perf_counter() - began_s
+    bare = sa.Table("bare", sa.MetaData(), sa.Column("body", sa.Text))
+    bare.create(store.engine)
+    began_s = time.perf_counter()
+    for _ in range(count):
+        with transaction(store.engine, write=True) as connection:
+            connection.execute(bare.insert(), {"body": "x" * 500})
+    bare_s = time.perf_counter() - began_s
+    bare.drop(store.engine)
+    store.close()
+    return 2 * count / ours_s, count / bare_s
 
 
 def _mirror(url: str):  # type: ignore[no-untyped-def]

@@ -37,7 +37,16 @@ LOCK = (
 )
 _THIS_TRIAL = (trials.c.study_id == sa.bindparam("of"), trials.c.number == sa.bindparam("this"))
 MARK_TOLD = trials.update().where(*_THIS_TRIAL).values(tell_order=sa.bindparam("place"))
-RUN_TRIAL = trials.update().where(*_THIS_TRIAL).values(state=RUNNING)
+_SET_TRIAL = trials.update().where(*_THIS_TRIAL)
+_CLOSE_ATTEMPT = (
+    attempts.update()
+    .where(
+        attempts.c.study_id == sa.bindparam("of"),
+        attempts.c.token == sa.bindparam("with"),
+        attempts.c.state == RUNNING,
+    )
+    .returning(attempts.c.trial, attempts.c.part)
+)
 _THIS_ATTEMPT = (
     attempts.c.study_id == trials.c.study_id,
     attempts.c.trial == trials.c.number,
@@ -76,8 +85,7 @@ def set_trial(
     connection: sa.Connection, study_id: int, number: int, values: Mapping[str, Any]
 ) -> None:
     """Change columns of a trial's row."""
-    one = (trials.c.study_id == study_id, trials.c.number == number)
-    connection.execute(trials.update().where(*one).values(**values))
+    connection.execute(_SET_TRIAL, {"of": study_id, "this": number, **values})
 
 
 def close_open_attempts(connection: sa.Connection, study_id: int, now: datetime) -> None:
@@ -113,16 +121,7 @@ def close_attempt(
     connection: sa.Connection, study: str, study_id: int, token: str, values: Mapping[str, Any]
 ) -> tuple[int, Part]:
     """Compare and set: close the open attempt with that token; returns its trial and part."""
-    row = connection.execute(
-        attempts.update()
-        .where(
-            attempts.c.study_id == study_id,
-            attempts.c.token == token,
-            attempts.c.state == RUNNING,
-        )
-        .values(**values)
-        .returning(attempts.c.trial, attempts.c.part)
-    ).first()
+    row = connection.execute(_CLOSE_ATTEMPT, {"of": study_id, "with": token, **values}).first()
     if row is None:
         raise rules.stale(study, token)
     return row[0], row[1]

@@ -30,7 +30,6 @@ from evomerge.store.migrations import prepare
 from evomerge.store.queries import (
     LOCK,
     MARK_TOLD,
-    RUN_TRIAL,
     check_startable,
     close_attempt,
     close_open_attempts,
@@ -209,7 +208,7 @@ class SqlStore:
                 }
                 connection.execute(attempts.insert(), {"study_id": study_id, **row})
                 if part == "search":
-                    connection.execute(RUN_TRIAL, {"of": study_id, "this": number})
+                    set_trial(connection, study_id, number, {"state": RUNNING})
         except IntegrityError:
             raise rules.token_used(study, token) from None
         return Attempt(**{**row, "state": State.RUNNING})
