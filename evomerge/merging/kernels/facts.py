@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.merging.kernels.cpu import CODES
+from evomerge.merging.kernels.program import Draw
 from evomerge.merging.methods.reductions import LANES, SEGMENT, added, pairwise_sum
 from evomerge.merging.methods.selection import KEEP_ALL, Cut, Quota
 
@@ -95,6 +96,27 @@ class Facts:
         if self.store:
             self.store.put(key, np.array(products, np.float64))
         return products
+
+    def norms(self, source: int, draw: Draw) -> tuple[float, float]:
+        """Σ|τ| of a source's task vector, and Σ|τ| over the elements that a draw keeps."""
+        from evomerge.merging.kernels import norms, products
+
+        assert self.base is not None
+        operands = self.base, self.sources[source]
+        size = len(operands[1])
+        sums = np.zeros((-(-size // SEGMENT), 2, LANES))
+        kernel = norms.norms(CODES[operands[1].dtype], CODES[self.base.dtype])
+        whole = size // LANES * LANES
+        parts = [(0, operands, whole, sums)]
+        if whole < size:
+            rest = _filled_up(operands[0][whole:]), _filled_up(operands[1][whole:])
+            parts.append((whole, rest, LANES, sums[-1:]))
+        for first, (base, tensor), end, into in parts:
+            addresses = base.data_ptr(), into.ctypes.data, tensor.data_ptr()
+            table = np.array([*addresses, draw.key, draw.threshold, first], np.int64)
+            kernel(table.ctypes.data, 0, end)
+        before, after = added(pairwise_sum(torch.from_numpy(products.in_order(sums))))
+        return before, after if draw.threshold < 1 << 32 else 0.0
 
     def _sums(self, base: Tensor | None) -> Tensor:
         """Every segment's sums of products. Shapes: [segments, s·(s+1)/2] float64."""

@@ -14,6 +14,7 @@ from typing import Literal
 
 from llvmlite import ir
 
+from evomerge.merging.kernels.drawing import drawn
 from evomerge.merging.kernels.formats import (
     FP32,
     SIGN,
@@ -44,7 +45,6 @@ LEFT of those equal to it; not those above UPTO; and elements whose draw is LEAS
 MANY = 1 << 62
 """What LEFT is where all equals are kept."""
 
-_GOLD = 0x9E3779B97F4A7C15 - 2**64
 _NO_WEIGHT = 1e-8
 
 
@@ -224,25 +224,8 @@ class _Merge(Kernel):
             self.bad.value = x.fused(0.0, self.bad.value)
 
     def _draws(self, element: Value) -> list[Pair]:
-        """Every row's draws, as `masks.draws` gives them."""
-        kind = ir.VectorType(I64, lanes())
-        steps = [(lane * _GOLD + 2**63) % 2**64 - 2**63 for lane in range(lanes())]
-        first = ((element >> 1) + 1) * _GOLD
-        states = first.splat(lanes()) + steps
-        both = ir.VectorType(I32, 2 * lanes())
-        found = []
-        for key in self.keys:
-            z = states + key
-            z = (z ^ (z >> 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-            z = (z ^ (z >> 27)) * (0x94D049BB133111EB - 2**64)
-            z = z ^ (z >> 31)
-            assert z.type == kind
-            words = z.cast(both)
-            places = list(range(0, 2 * lanes(), 2))
-            found.append(
-                (words.shuffled(words, places), words.shuffled(words, [p + 1 for p in places]))
-            )
-        return found
+        """Every row's draws."""
+        return [drawn(key, element) for key in self.keys]
 
     def _merged(
         self, sources: Sequence[Value], base: Value | None, draws: Sequence[Value] | None

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from evomerge.merging.kernels.program import Program
+from evomerge.merging.kernels.program import Draw, Program
 from evomerge.merging.methods.selection import Cut, Quota
 from evomerge.merging.values import Scalar
 
@@ -103,6 +103,9 @@ class TensorFacts(Protocol):
     def cut(self, source: int, quota: Quota, *, located: bool = False) -> Cut:
         """The cut that fills a quota of |θᵢ − θ₀|. Unless `located`, it may say how many of those
         equal to the threshold are kept (`Cut.equal`) in place of up to where."""
+
+    def norms(self, source: int, draw: Draw) -> tuple[float, float]:
+        """Σ|τᵢ|, and Σ|τᵢ| over the elements that a draw keeps, as `totals` adds them up."""
 
     def gram(self, *, from_base: bool) -> list[float]:
         """⟨vᵢ, vⱼ⟩ (i ≤ j, by rows), as `reductions.totals` adds them up; v is θ, or τ with

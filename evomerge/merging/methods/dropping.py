@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evomerge.merging.kernels.program import Draw
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, Parameter
+from evomerge.merging.methods.base import Block, Blocks, Coefficients, Parameter, facts_of
 from evomerge.merging.methods.masks import kept, mask_key, threshold
 from evomerge.merging.methods.reductions import totals
 
@@ -86,6 +86,11 @@ def _l1_factors(blocks: Blocks, drops: Sequence[Drop]) -> list[float]:
     factors = [1.0] * len(drops)
     if not thinning:
         return factors
+    facts = facts_of(blocks)
+    if facts is not None:
+        draws = [(index, drops[index].draw) for index in thinning]
+        sums = [x for index, draw in draws if draw for x in facts.norms(index, draw)]
+        return _restoring(factors, thinning, sums)
 
     def magnitudes(block: Block) -> Tensor:
         assert block.base is not None
@@ -95,7 +100,11 @@ def _l1_factors(blocks: Blocks, drops: Sequence[Drop]) -> list[float]:
             rows += [tau, drops[index].thinned(tau, block.start)]
         return torch.stack(rows).double().abs_()
 
-    sums = totals(blocks, magnitudes)
+    return _restoring(factors, thinning, totals(blocks, magnitudes))
+
+
+def _restoring(factors: list[float], thinning: Sequence[int], sums: Sequence[float]) -> list[float]:
+    """The factors that bring the norms after thinning back to those before."""
     for index, before, after in zip(thinning, sums[::2], sums[1::2], strict=True):
         if after >= NO_NORM:
             factors[index] = before / after

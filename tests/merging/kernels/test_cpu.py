@@ -19,10 +19,19 @@ from random_programs import (
     votes_of,
 )
 
-from evomerge.merging.kernels import cpu, formats, fused, magnitudes, products
+from evomerge.merging.kernels import (
+    cpu,
+    drawing,
+    formats,
+    fused,
+    magnitudes,
+    norms,
+    products,
+)
 from evomerge.merging.kernels.facts import Facts, Memory
 from evomerge.merging.kernels.program import Draw, Election, Program, Row
 from evomerge.merging.methods.base import Block
+from evomerge.merging.methods.dropping import Drop
 from evomerge.merging.methods.election import signs, tie_sign
 from evomerge.merging.methods.reductions import totals
 from evomerge.merging.methods.selection import KEEP_NONE, Cut, Quota
@@ -174,10 +183,10 @@ def test_a_source_that_is_left_out_but_not_finite_is_told_of() -> None:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels for vectors of half the lanes that this machine has at most."""
-    made = fused.compiled, magnitudes.count, magnitudes.tabulate, products.products
+    made = fused.compiled, magnitudes.count, magnitudes.tabulate, norms.norms, products.products
     for loop in made:
         loop.cache_clear()
-    for module in (formats, fused, magnitudes, products):
+    for module in (drawing, formats, fused, magnitudes, norms, products):
         monkeypatch.setattr(module, "lanes", lambda: 8)
     yield
     for loop in made:
@@ -195,6 +204,14 @@ def test_the_width_of_vectors_does_not_matter() -> None:
     assert facts.gram(from_base=False) == wanted
     stored = Facts(base, (first, second), Memory(), "b", ("f", "s"))
     assert facts.cut(0, Quota(9000)) == stored.cut(0, Quota(9000))
+    drop = Drop(key=5, density=0.4, factor=1.0)
+    tau = first.float() - base.float()
+    kept = torch.stack([tau, drop.thinned(tau, 0)])
+    wanted = totals(
+        lambda: iter([Block(None, kept, 0)]), lambda block: block.sources.double().abs()
+    )
+    assert drop.draw is not None
+    assert list(facts.norms(0, drop.draw)) == wanted
 
 
 def test_threads_may_compile_at_once() -> None:

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from evomerge.merging.compute import Operands
 from evomerge.merging.kernels.facts import Facts, Memory, Store
+from evomerge.merging.methods.base import Block
+from evomerge.merging.methods.dropping import Drop
+from evomerge.merging.methods.reductions import totals
 from evomerge.merging.methods.selection import Quota
 from evomerge.merging.prepared import Prepared
 
@@ -60,3 +64,20 @@ def test_a_fact_is_found_out_once(store: Store) -> None:
     assert again.gram(from_base=True) == gram
     other = Facts(base, (source,), store, "base", ("other",))
     assert other.gram(from_base=False) != []
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 131_072, 131_073, 300_000])
+@pytest.mark.parametrize("density", [1e-12, 0.3, 0.999])
+def test_norms_are_the_bits_of_the_reference(size: int, density: float) -> None:
+    generator = torch.Generator().manual_seed(size)
+    base = torch.randn(size, generator=generator).bfloat16()
+    source = (base.float() + 1e-3 * torch.randn(size, generator=generator)).half()
+    drop = Drop(key=-(2**60) + size, density=density, factor=1.0)
+    blocks = Operands(base, (source,)).blocks(100_000)
+
+    def terms(block: Block) -> torch.Tensor:
+        tau = block.sources[0] - block.base
+        return torch.stack([tau, drop.thinned(tau, block.start)]).double().abs_()
+
+    assert drop.draw is not None
+    assert list(Facts(base, (source,)).norms(0, drop.draw)) == totals(blocks, terms)
