@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import evomerge
@@ -28,6 +30,7 @@ from evomerge.errors import CandidateError, ExportError, MergeError
 from evomerge.merging.aside import Aside, flush, written_aside
 from evomerge.merging.inspection import Inspection
 from evomerge.merging.merge import Merge, open_merge
+from evomerge.merging.methods.base import MergeMethod
 from evomerge.merging.model_card import model_card
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.stream import merged_tensors
@@ -87,7 +90,8 @@ def export(
     purpose = _purpose(merge, shards)
     inspection = Inspection(merge)
     with written_aside(directory, purpose, _needed_bytes(shards, merge.donor)) as aside:
-        _Writer(merge, inspection, shards, aside, progress).write()
+        with _threads_for(merge):
+            _Writer(merge, inspection, shards, aside, progress).write()
         known = inspection.known()
         _write_companions(merge, known, aside.folder)
     return known
@@ -98,6 +102,20 @@ def _refuse_existing(directory: Path) -> None:
         return
     if directory.exists() or directory.is_symlink():
         raise ExportError(f"{directory}: exists already; give a new folder, or remove it first")
+
+
+@contextmanager
+def _threads_for(merge: Merge) -> Iterator[None]:
+    """torch's own threads only where a method is carried out by torch: beside kernels, and stages
+    that overlap anyway, they spin and cost more than the merge."""
+    methods = {type(merge.method(name)) for name in filter(merge.is_merged, merge.names)}
+    before = torch.get_num_threads()
+    if all(method.program is not MergeMethod.program for method in methods):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _purpose(merge: Merge, shards: Mapping[str, list[Entry]]) -> str:
