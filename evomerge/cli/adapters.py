@@ -54,7 +54,8 @@ def extract_lora(
     """Extract a LoRA adapter: what a model changed of its base, at low rank, for PEFT."""
     _check_regex(only, exclude)
     from evomerge.checkpoints.adapted import open_models
-    from evomerge.merging.adapters import check_free, write_adapter
+    from evomerge.merging.adapters import write_adapter
+    from evomerge.merging.aside import check_free
     from evomerge.merging.extraction import extract
 
     check_free(directory)
@@ -100,8 +101,9 @@ def merge_adapters(
     if not all(map(math.isfinite, weights)):
         raise UserError(f"--weight: finite numbers are expected, got {weights}")
     from evomerge.checkpoints.adapter import Adapter
-    from evomerge.merging.adapters import check_free, write_adapter
     from evomerge.merging.adapters import merge_adapters as merged
+    from evomerge.merging.adapters import write_adapter
+    from evomerge.merging.aside import check_free
 
     check_free(directory)
     config, tensors, kept = merged([Adapter.open(a) for a in adapters], weights, rank=rank)

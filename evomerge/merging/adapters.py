@@ -21,7 +21,7 @@ from torch import Tensor
 from evomerge.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, Adapter, Factors
 from evomerge.checkpoints.checkpoint import is_finite
 from evomerge.errors import ExportError, MergeError, NonFiniteTensor, ShapeMismatch
-from evomerge.merging.aside import flush, written_aside
+from evomerge.merging.aside import check_free, flush, written_aside
 
 _SMALL_FILES = 1 << 20
 """Room for the config and the header of the weights, in bytes."""
@@ -164,14 +164,6 @@ def write_adapter(
             flush(settings)
     except SafetensorError as error:
         raise ExportError(f"{directory}: cannot be written: {error}") from error
-
-
-def check_free(directory: Path) -> None:
-    """Raise ExportError if the directory exists and is not empty."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists() or directory.is_symlink():
-        raise ExportError(f"{directory}: exists already; give a new folder, or remove it first")
 
 
 def _named(factors: Factors) -> list[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,14 @@ class Aside:
             if path.name not in (_STATE, *finished):
                 path.unlink()
         return finished
+
+
+def check_free(directory: Path) -> None:
+    """Raise ExportError if the directory exists and is not empty."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        raise ExportError(f"{directory}: exists already; give a new folder, or remove it first")
 
 
 @contextmanager
@@ -132,14 +140,4 @@ def _disk_full(directory: Path, needed_bytes: int) -> ExportError:
     return ExportError(
         f"{directory}: does not fit on the disk: {needed_bytes / 1e6:,.1f} MB are needed,"
         f" {free / 1e6:,.1f} MB are free; free some space or export elsewhere"
-    )
-
-
-def stamps(paths: Mapping[str, list[Path]]) -> str:
-    """What tells that files are the same ones as before: their sizes and times, as text."""
-    return json.dumps(
-        {
-            key: [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-            for key, files in sorted(paths.items())
-        }
     )

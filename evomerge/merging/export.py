@@ -26,8 +26,8 @@ from evomerge.checkpoints.tokenizer_writer import (
 )
 from evomerge.checkpoints.weights import Model
 from evomerge.checkpoints.writer import Entry, header, in_order, write_file
-from evomerge.errors import CandidateError, ExportError, MergeError
-from evomerge.merging.aside import Aside, flush, written_aside
+from evomerge.errors import CandidateError, MergeError
+from evomerge.merging.aside import Aside, check_free, flush, written_aside
 from evomerge.merging.inspection import Inspection
 from evomerge.merging.merge import Merge, open_merge
 from evomerge.merging.methods.base import MergeMethod
@@ -84,7 +84,7 @@ def export(
     NaN or an overflow in the result; CheckpointError if a model is not the one that the recipe has
     the digest of.
     """
-    _refuse_existing(directory)
+    check_free(directory)
     merge = open_merge(recipe)
     shards = cut(merge, shard_bytes)
     purpose = _purpose(merge, shards)
@@ -95,13 +95,6 @@ def export(
         known = inspection.known()
         _write_companions(merge, known, aside.folder)
     return known
-
-
-def _refuse_existing(directory: Path) -> None:
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists() or directory.is_symlink():
-        raise ExportError(f"{directory}: exists already; give a new folder, or remove it first")
 
 
 @contextmanager

@@ -149,23 +149,6 @@ def _holds_end(
 
 
 @triton.jit
-def _holds_end(
-    table, first, ROWS: tl.constexpr, CUTS: tl.constexpr, TOPS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Whether a cut's `last` lies in the block, other than as its last element."""
-    holds = first < first
-    for row in tl.static_range(ROWS):
-        words = table + (HEAD_WORDS + row * ROW_WORDS)
-        if CUTS:
-            last = tl.load(words + _CUT + 1) - first
-            holds = holds | ((last >= 0) & (last < BLOCK - 1))
-        if TOPS:
-            last = tl.load(words + _TOP + 1) - first
-            holds = holds | ((last >= 0) & (last < BLOCK - 1))
-    return holds
-
-
-@triton.jit
 def _rows(sources, origin, place, lane, inside, BASE: tl.constexpr):
     """θᵢ, or τᵢ = θᵢ − θ₀ with a base. Shapes: a tuple of [BLOCK] float32."""
     rows = ()
