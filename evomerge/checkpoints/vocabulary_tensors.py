@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from evomerge.checkpoints.skeleton import skeleton
 from evomerge.checkpoints.weights import Model
 from evomerge.errors import CheckpointError
 
@@ -21,7 +21,7 @@ def vocabulary_tensors(checkpoint: Model) -> tuple[str, ...]:
     In all of them the first axis is the token. Raises CheckpointError where transformers does not
     know the architecture, or the checkpoint lacks its input embedding.
     """
-    model = _meta_model(checkpoint)
+    model = skeleton(checkpoint, otherwise="its embedding cannot be found")
     names: list[str] = []
     for position, wanted in enumerate(_rows_of(model)):
         found = {_stored(checkpoint, name, model) for name in _names_of(model, wanted)} - {None}
@@ -62,21 +62,3 @@ def _stored(checkpoint: Model, name: str, model: Any) -> str | None:
     ending = "." + ".".join(name.split(".")[-2:])
     alike = [stored for stored in checkpoint.names if f".{stored}".endswith(ending)]
     return alike[0] if len(alike) == 1 else None
-
-
-def _meta_model(checkpoint: Model) -> Any:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        architecture = next(iter(checkpoint.config.get("architectures") or ()), "")
-        known = getattr(transformers, architecture, None)
-        with torch.device("meta"):
-            if known is not None:
-                return known._from_config(config)
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: transformers does not know this architecture, so its embedding"
-            f" cannot be found: {str(error).splitlines()[0]}"
-        ) from error

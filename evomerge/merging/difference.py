@@ -7,11 +7,9 @@ turn comes and nothing is written. Knows nothing of how a difference is shown.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Progress, companions, settled
@@ -21,6 +19,7 @@ from evomerge.checkpoints.weights import Weights
 from evomerge.errors import CandidateError, CheckpointError, MergeError
 from evomerge.merging.layout import TENSOR_TYPES, Place, TensorType, layout
 from evomerge.merging.merge import Merge
+from evomerge.threads import one_thread
 
 Model: TypeAlias = Weights | Merge
 _T = TypeVar("_T")
@@ -146,7 +145,7 @@ def difference(
     places = layout(shared)
     total = sum(files_of(a).tensor(name).numel() for name in shared) or 1
     done, found = 0, []
-    with _one_thread():
+    with one_thread():  # blocks are small: threads that wait for each other cost more
         for name in shared:
             origin = base.tensor(name) if base is not None and _fits(base, a, name) else None
             found.append(_compared(places[name], _tensor(a, name), _tensor(b, name), origin))
@@ -195,17 +194,6 @@ def _group(
     distances = sum((t.distance for t in members), Distance())
     shared = sum(known, Interference()) if known else None
     return Group(kind, layer, len(members), distances, shared)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks are small: threads that wait for each other cost far more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _compared(place: Place, a: Tensor, b: Tensor, base: Tensor | None) -> TensorDifference:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import evomerge
@@ -34,6 +33,7 @@ from evomerge.merging.methods.base import MergeMethod
 from evomerge.merging.model_card import model_card
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.stream import merged_tensors
+from evomerge.threads import one_thread
 
 RECIPE_FILE = "evomerge_recipe.json"
 
@@ -97,18 +97,12 @@ def export(
     return known
 
 
-@contextmanager
-def _threads_for(merge: Merge) -> Iterator[None]:
+def _threads_for(merge: Merge) -> AbstractContextManager[None]:
     """torch's own threads only where a method is carried out by torch: beside kernels, and stages
     that overlap anyway, they spin and cost more than the merge."""
     methods = {type(merge.method(name)) for name in filter(merge.is_merged, merge.names)}
-    before = torch.get_num_threads()
-    if all(method.program is not MergeMethod.program for method in methods):
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    fused = all(method.program is not MergeMethod.program for method in methods)
+    return one_thread() if fused else nullcontext()
 
 
 def _purpose(merge: Merge, shards: Mapping[str, list[Entry]]) -> str:

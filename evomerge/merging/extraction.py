@@ -19,6 +19,7 @@ from evomerge.checkpoints.adapted import Adapted
 from evomerge.checkpoints.adapter import PREFIX, Factors
 from evomerge.checkpoints.checkpoint import Checkpoint, Progress, is_finite
 from evomerge.checkpoints.compare import compare
+from evomerge.checkpoints.skeleton import skeleton
 from evomerge.errors import CheckpointError, NonFiniteTensor, SpecError
 from evomerge.merging.adapters import Kept, document
 from evomerge.merging.conversion import places
@@ -261,7 +262,7 @@ def _chosen(only: str | None, exclude: str | None) -> Callable[[str], bool]:
 
 def _modules(base: Model) -> list[_Module]:
     """The live model's modules whose parameters are each one tensor of the checkpoint."""
-    model = _live(base)
+    model = skeleton(base, otherwise="its linear layers cannot be told")
     live = model.state_dict()
     shapes = {name: base.shape(name) for name in base.names}
     parts = {name: found for name, found in places(model, shapes, live).items() if len(found) == 1}
@@ -277,23 +278,3 @@ def _modules(base: Model) -> list[_Module]:
         if tensors and len(tensors) == len(own):
             found.append(_Module(name, type(module).__name__, tensors))
     return found
-
-
-def _live(base: Model) -> Any:
-    """The model without memory, as transformers builds it."""
-    import transformers
-
-    settings = {key: value for key, value in base.config.items() if key != "model_type"}
-    try:
-        config = transformers.AutoConfig.for_model(base.config.get("model_type"), **settings)
-        architecture = next(iter(base.config.get("architectures") or ()), "")
-        known = getattr(transformers, architecture, None)
-        with torch.device("meta"):
-            if known is not None:
-                return known._from_config(config)
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{base.path}: transformers does not know this architecture, so its linear layers"
-            f" cannot be told: {str(error).splitlines()[0]}"
-        ) from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from evomerge.threads import one_thread
 from evomerge.zoo.batches import IGNORED, Batch, Logits, Mixture, exact_match, make_batch
 from evomerge.zoo.recipe import BaseRecipe, ExpertRecipe, ZooRecipe
 from evomerge.zoo.skills import TARGET_SKILLS, Draw, Split, distinct_items, make_skills
@@ -28,7 +29,7 @@ OnStep = Callable[[float], None]
 
 def train_base(recipe: ZooRecipe, seed: int, on_step: OnStep) -> Any:
     """Train the base model and return it, a `LlamaForCausalLM` in float32."""
-    with _one_thread(), _seeded(f"{seed} base"):
+    with one_thread(), _seeded(f"{seed} base"):
         model = _fresh_model(recipe)
         skills = make_skills(seed)
         weights = {name: 1.0 for name in skills} | recipe.base.target_weights
@@ -45,7 +46,7 @@ def train_expert(
     from transformers import AutoModelForCausalLM
 
     expert = recipe.experts[name]
-    with _one_thread(), _seeded(f"{seed} {name}"):
+    with one_thread(), _seeded(f"{seed} {name}"):
         model = AutoModelForCausalLM.from_pretrained(base_directory, dtype=torch.float32)
         skills = make_skills(seed)
         mixture = Mixture(
@@ -161,16 +162,6 @@ def _fresh_model(recipe: ZooRecipe) -> Any:
         dtype=torch.float32,
     )
     return LlamaForCausalLM(config)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager
