@@ -42,6 +42,8 @@ class TaskScore:
 
     `outcomes` [n] are the metric's values on each item alone, in item order (accuracy: 0 or 1);
     empty where an item alone has none. `value` is lm-eval's aggregate over exactly these items.
+    `margin`, more being better, says how clearly the model is right where `value` is the same: a
+    mean over the items, in nats; None where the task has none (see `scoring.margins`).
     """
 
     metric: str
@@ -50,6 +52,7 @@ class TaskScore:
     n: int
     higher_is_better: bool = True
     outcomes: tuple[float, ...] = ()
+    margin: float | None = None
 
     @property
     def merit(self) -> float:

@@ -72,8 +72,9 @@ class StudyStore(Protocol):
 
     Every float comes back bit for bit, in genomes, values and outcomes, -0.0 and subnormals too.
     A text comes back with what no database keeps (NUL, half a surrogate pair) replaced by U+FFFD.
-    NaN is kept among outcomes; a NaN stderr comes back as None; NaN among `values` or as a task's
-    value raises ValueError, since that candidate failed. What is returned is not to be changed.
+    NaN is kept among outcomes; a NaN stderr and a margin that is not finite come back as None; NaN
+    among `values` or as a task's value raises ValueError, since that candidate failed. What is
+    returned is not to be changed.
     """
 
     def create_study(self, record: StudyRecord) -> None:

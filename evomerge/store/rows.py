@@ -65,6 +65,7 @@ SCORE = (
     scores.c.stderr,
     scores.c.n,
     scores.c.higher_is_better,
+    scores.c.margin,
 )
 OUTCOMES = scores.c.outcomes
 
@@ -119,6 +120,7 @@ def score_columns(study_id: int, trial: int, part: Part, score: Score) -> list[d
             "stderr": task.stderr,
             "n": task.n,
             "higher_is_better": task.higher_is_better,
+            "margin": task.margin,
             "outcomes": task.outcomes,
         }
         for name, task in score.tasks.items()
@@ -186,8 +188,8 @@ def _attempt_from(row: Row) -> Attempt:
 
 
 def _task_score_from(row: Row) -> TaskScore:
-    _, _, _, metric, value, stderr, n, higher, *outcomes = row
-    return TaskScore(metric, value, stderr, n, higher, outcomes[0] if outcomes else ())
+    _, _, _, metric, value, stderr, n, higher, margin, *outcomes = row
+    return TaskScore(metric, value, stderr, n, higher, outcomes[0] if outcomes else (), margin)
 
 
 def _failure(error: str | None, message: str | None) -> Failure | None:

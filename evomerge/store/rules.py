@@ -142,5 +142,7 @@ def _checked(name: str, task: TaskScore) -> TaskScore:
     if math.isnan(task.value):
         raise ValueError(f"task {name!r}: {task.metric} is NaN; that candidate failed")
     if task.stderr is not None and math.isnan(task.stderr):
-        return replace(task, stderr=None)
+        task = replace(task, stderr=None)
+    if task.margin is not None and not math.isfinite(task.margin):
+        task = replace(task, margin=None)
     return task

@@ -139,6 +139,7 @@ scores = sa.Table(
     sa.Column("metric", sa.String(255), nullable=False),
     sa.Column("value", sa.Double, nullable=False),
     sa.Column("stderr", sa.Double),
+    sa.Column("margin", sa.Double),
     sa.Column("n", sa.Integer, nullable=False),
     sa.Column("higher_is_better", sa.Boolean, nullable=False),
     sa.Column("outcomes", CompressedFloat64s, nullable=False),
