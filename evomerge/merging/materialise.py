@@ -65,7 +65,9 @@ class Materialiser:
 
     `checkpoints` holds every model that the recipes may name, by path. Nothing else may write to
     the model's weights meanwhile. `store` keeps what does not depend on coefficients (thresholds,
-    inner products) from one write to the next; without, this Materialiser's own memory does.
+    inner products) from one write to the next, and may outlive the process; this Materialiser's own
+    memory does where there is none, and for a recipe that names a model by its path alone: what is
+    there later may be another model.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Materialiser:
         self._model = model
         self._checkpoints = dict(checkpoints)
         self._block_size = block_size
-        self._store = store or Memory()
+        self._memory = Memory()
+        self._store = store or self._memory
         self._targets: dict[str, dict[str, Target]] = {}
         self._written: dict[str, Hashable] = {}
 
@@ -94,7 +97,9 @@ class Materialiser:
         Raises NonFiniteModel, naming the tensor; SpecError, MergeError or CheckpointError for
         a recipe that does not fit the model or its checkpoints.
         """
-        merge = Merge(recipe, self._checkpoints, block_size=self._block_size, store=self._store)
+        known = all(model.digest for model in recipe.models)
+        store = self._store if known else self._memory
+        merge = Merge(recipe, self._checkpoints, block_size=self._block_size, store=store)
         for name, target in self._bound(merge.anchor).items():
             fingerprint = merge.fingerprint(name)
             if fingerprint is not None and self._written.get(name) == fingerprint:

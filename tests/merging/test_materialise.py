@@ -25,6 +25,7 @@ from evomerge.merging.merge import Merge
 from evomerge.merging.methods import registry
 from evomerge.merging.methods.base import Block, Coefficients, MergeMethod, Parameter
 from evomerge.merging.methods.registry import METHODS
+from evomerge.merging.prepared import Prepared
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -384,3 +385,30 @@ def _assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
         one.state_dict().items(), other.state_dict().values(), strict=True
     ):
         assert torch.equal(left, right), name
+
+
+def test_facts_that_outlive_the_process_are_of_models_known_by_their_contents(
+    tmp_path: Path,
+) -> None:
+    """A checkpoint trained on under its old path, and a folder of facts from before."""
+    found = []
+    for seed in (1, 50):
+        models = _models(tmp_path / "m", 2, dtype=BF16)
+        trained = str(small_llama.save(tmp_path / "m" / "s1", seed=seed, dtype=BF16))
+        models[trained] = Checkpoint.open(trained)
+        recipe = _recipe(models, "ties", [1.0], parameters={"density": 0.3})
+        known = replace(
+            recipe,
+            base=ModelRef(recipe.base.path, "base") if recipe.base else None,
+            sources=tuple(
+                replace(s, model=ModelRef(s.model.path, f"trained {seed}")) for s in recipe.sources
+            ),
+        )
+        for written in (known, recipe):
+            live, fresh = _live(dtype=BF16), _live(dtype=BF16)
+            Materialiser(live, models, store=Prepared(tmp_path / "facts")).write(written)
+            Materialiser(fresh, models).write(written)
+            _assert_same(live, fresh)
+        found.append(len(list((tmp_path / "facts").iterdir())))
+    assert 0 < found[0], "facts of models known by their contents are kept"
+    assert found[1] == 2 * found[0]
