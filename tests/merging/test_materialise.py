@@ -410,5 +410,5 @@ def test_facts_that_outlive_the_process_are_of_models_known_by_their_contents(
             Materialiser(fresh, models).write(written)
             _assert_same(live, fresh)
         found.append(len(list((tmp_path / "facts").iterdir())))
-    assert 0 < found[0], "facts of models known by their contents are kept"
+    assert found[0] > 0, "facts of models known by their contents are kept"
     assert found[1] == 2 * found[0]
