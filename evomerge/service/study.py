@@ -14,12 +14,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 from evomerge.errors import StudyChanged, StudyNotFound
 from evomerge.merging.recipe import ModelRef
 from evomerge.sampling import make_sampler
 from evomerge.service.baselines import baselines
+from evomerge.service.changes import changes
 from evomerge.service.controller import CONTROLLER_LEASE_S, Controller, Mirror
 from evomerge.service.dispatch import Dispatcher
 from evomerge.service.executor import Executor, Setup
@@ -28,14 +28,14 @@ from evomerge.service.liveness import is_dead, process_start
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing, work_done
 from evomerge.service.warm_start import good_genomes
-from evomerge.space import Space, load_space
+from evomerge.space import Gene, Space, load_space
 from evomerge.spec import StudySpec
 from evomerge.store.base import Controller as Holder
 from evomerge.store.base import StudyRecord, StudyStore
 from evomerge.trial import Genome, NewTrial, Trial
 
-MakeMirror = Callable[[StudyRecord, Sequence[str]], Mirror | None]
-"""(study, gene names) -> the mirror to keep up to date, if any."""
+MakeMirror = Callable[[StudyRecord, Sequence[Gene]], Mirror | None]
+"""(study, its genes) -> the mirror to keep up to date, if any."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ def open_study(
         record = replace(record, inspection=inspection | good_genomes(spec, document, store))
         store.create_study(record)
         return record
-    differences = _differences(_identity(known), _identity(record))
+    differences = changes(known, record)
     if differences:
         lines = "\n".join(f"  - {line}" for line in differences)
         raise StudyChanged(
-            f"study {spec.name!r} exists with another spec; give this one another name, or undo:"
-            f"\n{lines}"
+            f"study {spec.name!r} exists with another spec; only budget and workers may change. "
+            f"Give this one another name, or put back:\n{lines}"
         )
     # what the study started from stays, whatever has become of the earlier study since
     start = {key: value for key, value in known.inspection.items() if key == "warm_start"}
@@ -120,7 +120,7 @@ def build_controller(
     spec = StudySpec.model_validate(record.spec)
     models, space = Models.of(record), load_space(record.spec["space"])
     genes = space.genes(list(models.sources))
-    mirror = make_mirror(record, [gene.name for gene in genes])
+    mirror = make_mirror(record, genes)
 
     def loaded(trials: Sequence[Trial]) -> None:
         if mirror is not None:
@@ -150,6 +150,7 @@ def build_controller(
             init=space.start(list(models.sources)),
             objectives=len(spec.objective.tasks) if spec.objective.aggregate == "pareto" else 1,
             gene_names=[gene.name for gene in genes],
+            levels=[gene.levels for gene in genes],
             promising=record.inspection.get("warm_start", ()),
         ),
         Dispatcher(spec, ledger, executor),
@@ -169,25 +170,3 @@ def _proposer(space: Space, models: Models, seed: int) -> Callable[[int, int, Ge
         )
 
     return propose
-
-
-def _identity(record: StudyRecord) -> dict[str, Any]:
-    """What must not change for two runs to be one study: contents count, places do not."""
-    digests = record.inspection["digests"]
-    spec = StudySpec.model_validate(record.spec).identity()
-    spec["base"] = digests[spec["base"]]
-    spec["sources"] = {name: digests[path] for name, path in spec["sources"].items()}
-    spec["objective"].pop("include_path")
-    return {**spec, "scorer": record.inspection["fingerprint"]}
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Every leaf in which two documents differ, as `path: old -> new`."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted({*old, *new})
-        return [
-            line
-            for key in keys
-            for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
-        ]
-    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
