@@ -48,6 +48,24 @@ class Controller:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a running study asks of a pool of workers; it holds until its lease lapses.
+
+    `pool` names the cluster or machine. `wanted` is how many workers it has work for, `worker` what
+    one of them takes of the pool, by resource. `since` says who came first among equals.
+    """
+
+    study: str
+    token: str
+    pool: str
+    priority: int
+    wanted: int
+    worker: Mapping[str, float]
+    since: datetime
+    lease_until: datetime
+
+
+@dataclass(frozen=True)
 class Tell:
     """A result as it was told: its place in the order of tells, and what the sampler learned.
 
@@ -63,12 +81,12 @@ class Tell:
 class StudyStore(Protocol):
     """Studies, trials, attempts and scores.
 
-    A study is named in every call. Every method raises StudyNotFound for an unknown study and
-    ValueError for an unknown trial number. A write under a controller token that is no longer the
-    study's raises StudyBusy and changes nothing; so a released study is written by nobody, while a
-    lease that lapsed unnoticed still holds until another controller takes over. A write to a study
-    that was put back to an earlier state since this store last wrote it raises StoreError and
-    changes nothing, until it is acquired anew.
+    A study is named in every call. Every method but those of claims raises StudyNotFound for an
+    unknown study and ValueError for an unknown trial number. A write under a controller token that
+    is no longer the study's raises StudyBusy and changes nothing; so a released study is written by
+    nobody, while a lease that lapsed unnoticed still holds until another controller takes over. A
+    write to a study that was put back to an earlier state since this store last wrote it raises
+    StoreError and changes nothing, until it is acquired anew.
 
     Every float comes back bit for bit, in genomes, values and outcomes, -0.0 and subnormals too.
     A text comes back with what no database keeps (NUL, half a surrogate pair) replaced by U+FFFD.
@@ -235,6 +253,17 @@ class StudyStore(Protocol):
         Places need not follow on one another. Told once, never again: ValueError if a trial already
         has another place, or another trial that place. The same place again changes nothing.
         """
+
+    def claim(self, claim: Claim) -> None:
+        """Record what a study asks of a pool, in place of what it asked before, of this pool or
+        another and under whatever token. The study need not exist: its inspection comes first.
+        """
+
+    def claims(self, *, now: datetime) -> Sequence[Claim]:
+        """Every claim whose lease is live, oldest first; of the same age in the order of names."""
+
+    def withdraw(self, study: str, token: str) -> None:
+        """Take a study's claim back, unless it has another token by now."""
 
     def close(self) -> None:
         """Let go of connections. The store is not used afterwards."""

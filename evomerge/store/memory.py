@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from evomerge.store import rules
-from evomerge.store.base import Controller, Refusal, StudyRecord, Tell
+from evomerge.store.base import Claim, Controller, Refusal, StudyRecord, Tell
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
 
 
@@ -35,6 +35,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._studies: dict[str, _Study] = {}
+        self._claims: dict[str, Claim] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -257,6 +258,20 @@ class MemoryStore:
                 raise rules.order_taken(study)
             for number, order in orders.items():
                 _change(kept, number, tell_order=order)
+
+    def claim(self, claim: Claim) -> None:
+        with self._lock:
+            self._claims[claim.study] = replace(claim, worker=_plain(claim.worker))
+
+    def claims(self, *, now: datetime) -> Sequence[Claim]:
+        with self._lock:
+            live = [claim for claim in self._claims.values() if claim.lease_until > now]
+        return sorted(live, key=lambda claim: (claim.since, claim.study))
+
+    def withdraw(self, study: str, token: str) -> None:
+        with self._lock:
+            if study in self._claims and self._claims[study].token == token:
+                del self._claims[study]
 
     @contextmanager
     def _reading(self, study: str) -> Iterator[_Study]:

@@ -15,7 +15,7 @@ from evomerge.resources import migrations_directory
 from evomerge.store.engine import make_engine, transaction
 
 VERSION_TABLE = "evomerge_alembic_version"
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 """Every revision in `alembic/versions`, oldest first."""
 
 

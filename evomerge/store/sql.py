@@ -25,6 +25,7 @@ from sqlalchemy.exc import IntegrityError
 from evomerge.errors import StoreUnreachable
 from evomerge.store import rules
 from evomerge.store.base import Controller, Refusal, StudyRecord, Tell
+from evomerge.store.claims import SqlClaims
 from evomerge.store.engine import LOCK_WAIT_S, CommitUnknown, make_engine, transaction
 from evomerge.store.migrations import prepare
 from evomerge.store.queries import (
@@ -60,7 +61,7 @@ from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, Trial
 RUNNING, COMPLETE, FAIL = State.RUNNING.value, State.COMPLETE.value, State.FAIL.value
 
 
-class SqlStore:
+class SqlStore(SqlClaims):
     """A StudyStore in the database at `url`; an empty database gets its tables on the way.
 
     Safe to share between threads; each process opens its own. Raises StoreError, StoreLocked or

@@ -157,6 +157,20 @@ refusals = sa.Table(
     sa.Column("count", sa.Integer, nullable=False),
 )
 
+# what each study asks of a pool of workers; it does so before the study is there
+claims = sa.Table(
+    "evomerge_claims",
+    metadata,
+    sa.Column("study", sa.String(120), primary_key=True),
+    sa.Column("token", sa.String(64), nullable=False),
+    sa.Column("pool", sa.String(255), nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("wanted", sa.Integer, nullable=False),
+    sa.Column("worker", sa.JSON, nullable=False),
+    sa.Column("since", UtcDateTime, nullable=False),
+    sa.Column("lease_until", UtcDateTime, nullable=False),
+)
+
 # the last write to a study: whether a commit came through whose connection broke, and whether the
 # study is still as its controller left it
 marks = sa.Table(

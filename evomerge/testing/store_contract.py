@@ -32,6 +32,7 @@ from evomerge.testing.store_builders import (
     record,
     score,
 )
+from evomerge.testing.store_claims import TestsOfClaims
 from evomerge.testing.store_fencing import TestsOfFencing
 from evomerge.testing.store_leases import TestsOfAttemptLeases, TestsOfRefusals
 from evomerge.trial import Attempt, Failure, Score, State, TaskScore, Trial
@@ -470,6 +471,7 @@ class StoreContract(
     TestsOfRefusals,
     TestsOfReuse,
     TestsOfTells,
+    TestsOfClaims,
 ):
     """Every test of the contract. Subclass it with a fixture `store` that yields an empty store."""
 
