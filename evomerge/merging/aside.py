@@ -34,12 +34,13 @@ class Aside:
     def finish(self, name: str, note: Any) -> None:
         """Note that a file is whole and on the disk, so that it survives a crash."""
         self.finished[name] = note
-        document = {"purpose": self._purpose, "finished": self.finished}
-        fresh = self.folder / f"{_STATE}.new"
-        fresh.write_text(json.dumps(document), encoding="utf-8")
-        flush(fresh)
-        fresh.rename(self.folder / _STATE)
-        flush(self.folder)
+        self._write()
+
+    def drop(self, name: str) -> None:
+        """Remove a finished file that is needed no more."""
+        del self.finished[name]
+        self._write()
+        (self.folder / name).unlink()
 
     def clear(self) -> None:
         """Remove every file."""
@@ -53,6 +54,14 @@ class Aside:
         flush(self.folder)
         self.folder.rename(directory)
         flush(directory.absolute().parent)
+
+    def _write(self) -> None:
+        document = {"purpose": self._purpose, "finished": self.finished}
+        fresh = self.folder / f"{_STATE}.new"
+        fresh.write_text(json.dumps(document), encoding="utf-8")
+        flush(fresh)
+        fresh.rename(self.folder / _STATE)
+        flush(self.folder)
 
     def _read(self) -> dict[str, Any]:
         """What an earlier attempt at the same purpose finished; anything else is removed."""

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from evomerge.checkpoints.vocabulary import Vocabulary, plan_vocabulary
 from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError, ShapeMismatch, SpecError
 from evomerge.merging.compute import BLOCK_SIZE, Operands, merge_tensor
+from evomerge.merging.fitted.artifact import Artifact, open_artifact
 from evomerge.merging.kernels.facts import Store
 from evomerge.merging.layout import layout
 from evomerge.merging.methods import registry
@@ -79,6 +81,7 @@ class Merge:
         self.anchor: Weights = self.base or next(iter(self.sources.values()))
         if recipe.slices:
             self._stack(recipe.slices)
+        self.artifact = self._opened(recipe.artifact) if recipe.artifact else None
         self.names = self.anchor.names
         self._parts = parts(recipe)
         self._surveys: dict[PartKey, Any] = {}
@@ -163,7 +166,8 @@ class Merge:
         """The recipe's parameters, resolved for one merged tensor."""
         place = self._places[name]
         seen = place_in(self.recipe, part_of(self.recipe, place), place)
-        return registry.coefficients(self._part(name), seen, self.shape(name))
+        known = registry.coefficients(self._part(name), seen, self.shape(name))
+        return replace(known, fitted=self.artifact) if self.artifact else known
 
     def fingerprint(self, name: str) -> Hashable | None:
         """What a merged tensor is a function of, given the same files: equal means equal values.
@@ -182,13 +186,26 @@ class Merge:
         parameters = (known.names, known.order, source, recipe, known.seed)
         method = self._part(name).method
         seen = repr(self.recipe.tokenizer)
-        return (method, self.dtype(name), self.anchor.path, models, parameters, seen)
+        fitted = self.artifact.digest if self.artifact else None
+        return (method, self.dtype(name), self.anchor.path, models, parameters, seen, fitted)
 
     @property
     def members(self) -> dict[str, Model]:
         """The models by their names in the recipe, the base first."""
         base = {BASE: self.donor} if self.recipe.base else {}
         return base | {s.name: self.models[s.model.path] for s in self.recipe.sources}
+
+    def _opened(self, reference: ModelRef) -> Artifact:
+        """The recipe's artifact. Raises MergeError for one of another kind or of other models."""
+        artifact = open_artifact(reference.path)
+        wanted = {registry.get(part.recipe.method).artifact for part in parts(self.recipe).values()}
+        kind = artifact.provenance.kind
+        for other in sorted(filter(None, wanted - {kind})):
+            raise MergeError(
+                f"{reference.path}: was fitted as {kind!r}, {self.recipe.method} applies {other!r}"
+            )
+        artifact.check_models(self.recipe)
+        return artifact
 
     def _vocabulary(self, recipe: Recipe) -> Vocabulary | None:
         """The result's vocabulary if the recipe chooses one; all models are then seen in it."""
@@ -258,8 +275,15 @@ class Merge:
 
 
 def open_merge(recipe: Recipe) -> Merge:
-    """A recipe with its models opened. Raises SpecError with every reason why they do not fit."""
-    merge = Merge(recipe, open_models(model.path for model in recipe.models))
+    """A recipe with its models opened. Raises SpecError with every reason why they do not fit.
+
+    With an artifact, models are read once to make sure that it was fitted on these.
+    """
+    models = open_models(model.path for model in recipe.models)
+    if recipe.artifact:
+        unknown = [model.path for model in recipe.models if model.digest is None]
+        recipe = recipe.with_digests({path: models[path].scan().digest for path in unknown})
+    merge = Merge(recipe, models)
     problems = compare(
         merge.anchor,
         merge.sources,

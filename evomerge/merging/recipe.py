@@ -69,7 +69,8 @@ class Recipe:
     its method. `slices` are the runs of layers [first, end) that are stacked, bottom up: for each,
     the run that each source (and `base`) has a part with; without slices, models are merged whole.
     `tokenizer` is the result's vocabulary where the models' differ; without, they must be one.
-    `chat_template` is auto, the name of a format, or a template.
+    `chat_template` is auto, the name of a format, or a template. `artifact` is what a fit learned
+    of these very models, for the methods that apply one.
     """
 
     method: str
@@ -82,6 +83,7 @@ class Recipe:
     slices: tuple[Mapping[str, tuple[int, int]], ...] = ()
     tokenizer: TokenizerChoice | None = None
     chat_template: str | None = None
+    artifact: ModelRef | None = None
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
@@ -94,6 +96,7 @@ class Recipe:
         slices = {"slices": [_slice_json(ranges) for ranges in self.slices]} if self.slices else {}
         tokenizer = {"tokenizer": self.tokenizer.to_json()} if self.tokenizer else {}
         template = {"chat_template": self.chat_template} if self.chat_template else {}
+        artifact = {"artifact": _model_json(self.artifact)} if self.artifact else {}
         return {
             "method": self.method,
             "base": _model_json(self.base),
@@ -112,14 +115,16 @@ class Recipe:
             **slices,
             **tokenizer,
             **template,
+            **artifact,
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Recipe:
         base, tokenizer = document["base"], document.get("tokenizer")
+        artifact = document.get("artifact")
         return cls(
             method=document["method"],
-            base=ModelRef(base["path"], base["digest"]) if base else None,
+            base=_model(base),
             sources=tuple(
                 Source(entry["name"], ModelRef(entry["path"], entry["digest"]), entry["parameters"])
                 for entry in document["sources"]
@@ -131,12 +136,15 @@ class Recipe:
             slices=tuple(_slice(entry) for entry in document.get("slices", ())),
             tokenizer=TokenizerChoice.from_json(tokenizer) if tokenizer else None,
             chat_template=document.get("chat_template"),
+            artifact=_model(artifact),
         )
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces, shortest round-trip floats, models by digest."""
         document = self.to_json()
         document["base"] = self.base.identity if self.base else None
+        if self.artifact:
+            document["artifact"] = self.artifact.identity
         for entry, source in zip(document["sources"], self.sources, strict=True):
             del entry["path"]
             entry["digest"] = source.model.identity
@@ -159,6 +167,7 @@ class Recipe:
         return replace(
             self,
             base=change(self.base) if self.base else None,
+            artifact=change(self.artifact) if self.artifact else None,
             sources=tuple(replace(s, model=change(s.model)) for s in self.sources),
         )
 
@@ -184,6 +193,10 @@ def _slice_json(ranges: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
 
 def _slice(document: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {name: (first, end) for name, (first, end) in document.items()}
+
+
+def _model(document: Mapping[str, Any] | None) -> ModelRef | None:
+    return ModelRef(document["path"], document["digest"]) if document else None
 
 
 def _model_json(model: ModelRef | None) -> dict[str, Any] | None:

@@ -18,6 +18,9 @@ from evomerge.merging.values import Value, check_selector, is_layer_range, norma
 from evomerge.spec import locate, nearest
 from evomerge.tokenizer_choice import TokenizerChoice, read_tokenizer
 
+FIT_KEYS = ("calibration", "fit")
+"""What says how an artifact is fitted, not how it is applied: `fitted.request` reads these."""
+
 _KEYS = (
     "method",
     "base",
@@ -29,6 +32,8 @@ _KEYS = (
     "slices",
     "tokenizer",
     "chat_template",
+    "artifact",
+    *FIT_KEYS,
 )
 
 
@@ -68,6 +73,7 @@ def load_recipe(path: Path) -> Recipe:
     faults += [f"missing key {key!r}" for key in ("method", "sources") if key not in document]
     faults += list(_mistyped(document))
     base = _read_model("base", document.get("base"), folder, faults)
+    artifact = _read_model("artifact", document.get("artifact"), folder, faults)
     sources = tuple(_read_sources(document.get("sources"), folder, faults))
     parameters = _read_parameters(document.get("parameters") or {}, "parameters", faults)
     groups = tuple(_read_groups(document.get("groups") or [], faults))
@@ -87,6 +93,7 @@ def load_recipe(path: Path) -> Recipe:
         slices=slices,
         tokenizer=choice,
         chat_template=document.get("chat_template"),
+        artifact=artifact,
     )
 
 

@@ -54,6 +54,19 @@ class Block:
     start: int
 
 
+class Fitted(Protocol):
+    """What a fit learned of the recipe's models: an opened artifact."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What it found out that is no tensor."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors. Raises CheckpointError if it has none of that name."""
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """Every parameter of a recipe, resolved for one tensor.
@@ -61,6 +74,7 @@ class Coefficients:
     `names` [s] are the sources' names, always in sorted order, so that the order of a recipe's
     sources cannot change a bit of a sum; `order` [s] are their positions in the recipe.
     `source[p]` [s] holds parameter p for each source, `recipe[p]` holds it for the recipe.
+    `fitted` is the recipe's artifact, for a method that applies one.
     """
 
     tensor: str
@@ -70,6 +84,7 @@ class Coefficients:
     source: Mapping[str, tuple[Scalar, ...]]
     recipe: Mapping[str, Scalar]
     seed: int
+    fitted: Fitted | None = None
 
     @property
     def size(self) -> int:
@@ -141,7 +156,8 @@ class MergeMethod(ABC):
     """One merge method. Instances hold no state: everything is in the arguments.
 
     `needs_base`: a recipe without a base is refused. `takes_base`: the base is handed over if the
-    recipe has one. Of a method with neither, blocks have no base.
+    recipe has one. Of a method with neither, blocks have no base. `artifact`: the kind of artifact
+    that it applies, None for a method that looks at no data.
     """
 
     name: ClassVar[str]
@@ -152,6 +168,7 @@ class MergeMethod(ABC):
     takes_base: ClassVar[bool] = False
     min_sources: ClassVar[int] = 1
     max_sources: ClassVar[int | None] = None
+    artifact: ClassVar[str | None] = None
 
     def survey(self, model: Callable[[], Iterable[tuple[Coefficients, Blocks]]]) -> Any:
         """What must be known of the whole model before any tensor is merged (None: nothing).

@@ -165,6 +165,11 @@ def _model_faults(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
         yield f"{method.name} merges task vectors and needs a `base`"
     if recipe.base is None:
         yield from _choices_without_base(recipe, method)
+    if method.artifact is not None and recipe.artifact is None:
+        yield (
+            f"{method.name} applies what a fit has learned: fit it (`evomerge fit`), and name the"
+            " folder as `artifact`"
+        )
     count, least, most = len(recipe.sources), method.min_sources, method.max_sources
     if count < least or (most is not None and count > most):
         wanted = f"exactly {least}" if most == least else f"at least {least}"

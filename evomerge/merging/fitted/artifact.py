@@ -1,0 +1,199 @@
+"""An artifact: what a fit learned, with its provenance, as a folder of safetensors and JSON.
+
+Knows nothing of what the tensors mean: the fit that wrote them and the merge method that applies
+them do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import evomerge
+from evomerge.checkpoints.digest import combine, tensor_digest
+from evomerge.errors import CheckpointError, MergeError
+from evomerge.merging.aside import Aside, check_free, flush, written_aside
+from evomerge.merging.recipe import Recipe
+
+DOCUMENT = "artifact.json"
+TENSORS = "artifact.safetensors"
+_VERSION = 1
+_STATE = "fit-{}.safetensors"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an artifact was fitted on: `base` and `sources` by name as digests of their contents.
+
+    `calibration` is the data's digest, `counts` how many examples each source had.
+    """
+
+    kind: str
+    base: str | None
+    sources: Mapping[str, str]
+    calibration: str
+    counts: Mapping[str, int]
+    described: Mapping[str, str]
+    settings: Mapping[str, Any]
+    seed: int
+
+    @property
+    def purpose(self) -> str:
+        """Two fits of one purpose compute the same, so that one may go on with the other's work."""
+        known = {k: v for k, v in self.__dict__.items() if k != "described"}
+        return json.dumps({"version": _VERSION, **known}, sort_keys=True)
+
+
+class Artifact:
+    """An artifact on disk. `facts` is what the fit found out that is no tensor (JSON)."""
+
+    def __init__(self, folder: Path, document: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.provenance = Provenance(**document["provenance"])
+        self.facts: Mapping[str, Any] = document["facts"]
+        self.digest: str = document["digest"]
+        file: Any = safe_open(folder / TENSORS, framework="pt")  # mapped, not read
+        self._file = file
+        self.names = frozenset(file.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors. Raises CheckpointError if it has none of that name."""
+        if name not in self.names:
+            raise CheckpointError(
+                f"{self.folder}: no tensor {name!r}; it was fitted on models with other tensors"
+            )
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def check_models(self, recipe: Recipe) -> None:
+        """Raise MergeError if it was fitted on other models than the recipe's, as far as the recipe
+        knows their digests."""
+        known = self.provenance
+        base = recipe.base.digest if recipe.base else None
+        if base is not None and known.base is not None and base != known.base:
+            raise MergeError(f"{self.folder}: was fitted on another base than the recipe's")
+        names = {source.name for source in recipe.sources}
+        if names != known.sources.keys():
+            raise MergeError(
+                f"{self.folder}: was fitted on the sources {', '.join(sorted(known.sources))};"
+                f" the recipe has {', '.join(sorted(names))}"
+            )
+        for source in recipe.sources:
+            if source.model.digest not in (None, known.sources[source.name]):
+                raise MergeError(
+                    f"{self.folder}: source {source.name!r} was another model when it was fitted;"
+                    " fit it again"
+                )
+
+    def check_contents(self) -> None:
+        """Raise CheckpointError if its tensors are not those that were written."""
+        tensors = {name: tensor_digest(name, self.tensor(name)) for name in self.names}
+        if self.digest != _digest(self.provenance, self.facts, tensors):
+            raise CheckpointError(f"{self.folder}: damaged; fit it again")
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """An artifact's folder, opened. Raises CheckpointError for anything else."""
+    folder = Path(path)
+    try:
+        stamp = os.stat(folder / DOCUMENT).st_mtime_ns
+    except OSError:
+        raise CheckpointError(
+            f"{folder}: no artifact of a fit (no {DOCUMENT}); `evomerge fit` makes one"
+        ) from None
+    return _open(folder, stamp)
+
+
+@lru_cache(maxsize=8)
+def _open(folder: Path, stamp: int) -> Artifact:
+    try:
+        document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+        if document["version"] != _VERSION:
+            raise CheckpointError(
+                f"{folder}: version {document['version']} of artifacts, this evomerge"
+                f" reads version {_VERSION}; fit it again"
+            )
+        return Artifact(folder, document)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: damaged ({error}); fit it again") from error
+
+
+class Draft:
+    """An artifact in the making: what is saved survives a crash.
+
+    `state` is what the last `save` of an earlier attempt at the same fit left: tensors by name, and
+    notes; None for a fit that begins.
+    """
+
+    def __init__(self, aside: Aside, provenance: Provenance) -> None:
+        self._aside = aside
+        self._provenance = provenance
+        self.state = self._read()
+
+    def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Keep how far the fit has come, in place of what was saved before."""
+        before = list(self._aside.finished)
+        number = 1 + max((int(n.split("-")[1].split(".")[0]) for n in before), default=0)
+        name = _STATE.format(number)
+        save_file({key: t.contiguous() for key, t in tensors.items()}, self._aside.folder / name)
+        flush(self._aside.folder / name)
+        self._aside.finish(name, dict(notes))
+        for old in before:
+            self._aside.drop(old)
+
+    def finish(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write the artifact itself."""
+        owned = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(owned, self._aside.folder / TENSORS)
+        flush(self._aside.folder / TENSORS)
+        digests = {name: tensor_digest(name, tensor) for name, tensor in owned.items()}
+        document = {
+            "version": _VERSION,
+            "evomerge": evomerge.__version__,
+            "digest": _digest(self._provenance, facts, digests),
+            "provenance": self._provenance.__dict__,
+            "facts": dict(facts),
+        }
+        text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
+        (self._aside.folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")
+        flush(self._aside.folder / DOCUMENT)
+        for old in list(self._aside.finished):
+            self._aside.drop(old)
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if not self._aside.finished:
+            return None
+        name, notes = list(self._aside.finished.items())[-1]
+        return load_file(self._aside.folder / name), notes
+
+
+@contextmanager
+def draft(directory: Path, provenance: Provenance, needed_bytes: int = 0) -> Iterator[Draft]:
+    """An artifact that takes its place at `directory` if the block succeeds.
+
+    An attempt that was killed or interrupted is gone on with; an error leaves nothing. Raises
+    ExportError where `directory` is taken or cannot be written.
+    """
+    check_free(directory)
+    with written_aside(directory, provenance.purpose, needed_bytes) as aside:
+        yield Draft(aside, provenance)
+
+
+def _digest(provenance: Provenance, facts: Mapping[str, Any], tensors: Mapping[str, str]) -> str:
+    known = {"facts": facts, **{k: v for k, v in provenance.__dict__.items() if k != "described"}}
+    text = json.dumps(known, sort_keys=True, separators=(",", ":"))
+    return combine(hashlib.sha256(text.encode()).digest(), tensors)

@@ -1,0 +1,165 @@
+"""A live model in which merged weights are tried on data, and whose gradients are taken.
+
+Speaks of weights by their stored names, whatever transformers fuses or renames. Holds one copy of
+the weights, and of one gradient at a time. Knows no recipe and no fitted method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evomerge.checkpoints.weights import Model
+from evomerge.errors import MergeError
+from evomerge.merging.binding import bind
+from evomerge.merging.conversion import Part, places
+from evomerge.merging.fitted.calibration import Batch
+from evomerge.merging.materialise import load_model
+
+TakeGradient = Callable[[str, Tensor], None]
+"""Is handed ∂L/∂W of a stored tensor, in its stored shape, float32; must not keep it."""
+
+
+class Network:
+    """The model of `anchor` in float32, its weights `anchor`'s until others are written.
+
+    `learned` are the stored names of the float tensors that are parameters of the model.
+    `flops` counts what forward and backward passes cost, by 2·P and 4·P for each token.
+    """
+
+    def __init__(self, anchor: Model, *, device: str = "cpu", checkpointing: bool = False) -> None:
+        loaded: tuple[Any, Any] = load_model(anchor, "float32", device)
+        self.model = loaded[0]
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()  # without it, transformers checkpoints nothing
+            _without_dropout(self.model)
+        self.device = device
+        self.flops = 0.0
+        self._targets = bind(self.model, anchor)
+        live = {
+            key: tensor.detach() for key, tensor in self.model.state_dict(keep_vars=True).items()
+        }
+        self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        shapes = {name: anchor.shape(name) for name in anchor.names}
+        found = places(self.model, shapes, live)
+        self.parts: dict[str, tuple[Part, ...]] = {
+            name: parts
+            for name, parts in found.items()
+            if all(part.key in self._parameters for part in parts)
+        }
+        self.learned = tuple(self.parts)
+        self._shapes = shapes
+        self._size = sum(parameter.numel() for parameter in self._parameters.values())
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Set a stored tensor, given in its stored shape."""
+        with torch.no_grad():
+            self._targets[name].copy_(values.reshape(-1).to(self.device, torch.float32))
+
+    def module(self, name: str) -> tuple[str, nn.Module] | None:
+        """The module that has a stored tensor for one of its parameters as a whole, and its name;
+        None where several tensors make up one parameter."""
+        parts = self.parts[name]
+        key = parts[0].key
+        if len(parts) > 1 or self._parameters[key].shape != self._shapes[name]:
+            return None
+        path, _, _ = key.rpartition(".")
+        module: nn.Module = self.model.get_submodule(path)
+        return path, module
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [b, t, v] in float32."""
+        batch = batch.to(self.device)
+        self.flops += 2.0 * self._size * int(batch.attention.sum())
+        out: Any = self.model(
+            input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False
+        )
+        logits: Tensor = out.logits.float()
+        return logits
+
+    def backward(self, loss: Tensor, batch: Batch, *, what: str) -> float:
+        """Gradients of a scalar loss, handed to whoever `gradients` named; the loss's value.
+
+        Raises MergeError for a loss that is NaN or infinite, before any gradient is taken.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise MergeError(f"{what}: the loss is {value:g}; lower the learning rate, or look for"
+                             " NaN in what the sources compute")  # fmt: skip
+        self.flops += 4.0 * self._size * int(batch.attention.sum())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    @contextmanager
+    def gradients(self, take: TakeGradient) -> Iterator[None]:
+        """While the block runs, each backward pass hands every learned tensor's gradient to `take`,
+        one at a time, and keeps none."""
+        collect = _Collector(self, take)
+        handles = []
+        for key, parameter in self._parameters.items():
+            parameter.requires_grad_(True)
+            hook = partial(collect, key)
+            register: Any = parameter.register_post_accumulate_grad_hook
+            handles.append(register(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in self._parameters.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor."""
+        return self._shapes[name]
+
+
+class _Collector:
+    """Turns gradients of live parameters into those of stored tensors."""
+
+    def __init__(self, network: Network, take: TakeGradient) -> None:
+        self._network = network
+        self._take = take
+        self._by_key: dict[str, list[str]] = {}
+        for name, parts in network.parts.items():
+            for key in dict.fromkeys(part.key for part in parts):
+                self._by_key.setdefault(key, []).append(name)
+        self._halves: dict[str, tuple[Tensor, set[str]]] = {}  # of tensors in several parameters
+
+    def __call__(self, key: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        flat = parameter.grad.contiguous().view(-1)
+        parameter.grad = None
+        for name in self._by_key.get(key, ()):
+            parts, shape = self._network.parts[name], self._network.shape(name)
+            if len(parts) == 1 and parts[0].is_run:
+                start = parts[0].live_start
+                self._take(name, flat[start : start + math.prod(shape)].view(shape))
+            else:
+                self._gather(name, key, flat)
+
+    def _gather(self, name: str, key: str, flat: Tensor) -> None:
+        parts, shape = self._network.parts[name], self._network.shape(name)
+        fresh = flat.new_empty(math.prod(shape)), {part.key for part in parts}
+        whole, missing = self._halves.setdefault(name, fresh)
+        for part in (part for part in parts if part.key == key):
+            stored = whole.as_strided(part.sizes, part.stored_strides, part.stored_start)
+            stored.copy_(flat.as_strided(part.sizes, part.live_strides, part.live_start))
+        missing.discard(key)
+        if not missing:
+            del self._halves[name]
+            self._take(name, whole.view(shape))
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

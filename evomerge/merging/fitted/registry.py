@@ -1,0 +1,20 @@
+"""The fits by the kind of artifact they write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from evomerge.errors import MergeError
+from evomerge.merging.fitted.base import Fitter
+from evomerge.spec import nearest
+
+_ALL: tuple[Fitter, ...] = ()
+FITTERS: Mapping[str, Fitter] = MappingProxyType({fitter.name: fitter for fitter in _ALL})
+
+
+def get(kind: str) -> Fitter:
+    """The fit that writes artifacts of that kind. Raises MergeError for an unknown kind."""
+    if kind not in FITTERS:
+        raise MergeError(f"unknown kind of artifact {kind!r}{nearest(kind, FITTERS)}")
+    return FITTERS[kind]
