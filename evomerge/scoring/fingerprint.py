@@ -15,7 +15,7 @@ from typing import Any
 from evomerge.scoring.tasks import OTHER_SEED, RANDOM_SEED, LoadedTask, LoadedTasks
 
 # Raise it whenever the scorer's own code changes what the same weights score.
-_SCORER = 2
+_SCORER = 3
 _PACKAGES = ("lm_eval", "torch", "transformers")
 
 

@@ -6,13 +6,15 @@ equal, item by item, those of a cold `lm_eval` command on the same weights, batc
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import TaskError
 from evomerge.scoring.engine import Engine, Program, Repeated, Reply
+from evomerge.scoring.margins import Margins
 from evomerge.scoring.tasks import LoadedTask, LoadedTasks, load_tasks, seed_everything
 from evomerge.spec import Evaluation, Objective
 from evomerge.trial import Part, Score, TaskScore
@@ -89,6 +91,7 @@ class _Section:
 
     task: LoadedTask
     requests: tuple[tuple[Any, ...], ...]
+    margins: Margins
     first: int
     last: int
 
@@ -105,7 +108,9 @@ class _Exam:
             requests = tuple(task.requests[i] for i in positions[task.name])
             first = len(instances)
             instances += [request for item in requests for request in item]
-            self._sections.append(_Section(task, requests, first, len(instances)))
+            self._sections.append(
+                _Section(task, requests, _margins(task, requests), first, len(instances))
+            )
         self._program: Program = engine.prepare(instances)
 
     def take(self) -> Score:
@@ -119,19 +124,19 @@ class _Exam:
         )
 
 
+def _margins(loaded: LoadedTask, requests: Sequence[Sequence[Any]]) -> Margins:
+    with _own_code_named(loaded):
+        return Margins(loaded.task, loaded.metric, [item[0].doc for item in requests])
+
+
 def _mark(section: _Section, replies: Sequence[Reply]) -> TaskScore:
     """Filter replies and aggregate as lm-eval does, on this section's items only."""
     loaded = section.task
-    try:
-        contributions = _contributions(section, replies)
+    with _own_code_named(loaded):
+        answers = _answers(section, replies)
+        contributions = _contributions(section, answers)
         aggregate = _aggregation(loaded)
         value = float(aggregate(contributions))
-    except TaskError:
-        raise
-    except Exception as error:
-        raise TaskError(
-            f"task {loaded.name!r}: its own scoring failed: {type(error).__name__}: {error}"
-        ) from error
     return TaskScore(
         metric=loaded.metric,
         value=value,
@@ -139,10 +144,25 @@ def _mark(section: _Section, replies: Sequence[Reply]) -> TaskScore:
         n=len(contributions),
         higher_is_better=loaded.higher_is_better,
         outcomes=_outcomes(aggregate, contributions),
+        margin=section.margins.mean(answers),
     )
 
 
-def _contributions(section: _Section, replies: Sequence[Reply]) -> list[Any]:
+@contextlib.contextmanager
+def _own_code_named(loaded: LoadedTask) -> Iterator[None]:
+    """Turn whatever a task's own code raises into TaskError."""
+    try:
+        yield
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"task {loaded.name!r}: its own scoring failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _answers(section: _Section, replies: Sequence[Reply]) -> list[list[Any]]:
+    """The replies to each item's requests, behind the task's filter."""
     loaded = section.task
     flat = [request for item in section.requests for request in item]
     for request, reply in zip(flat, replies, strict=True):
@@ -153,10 +173,16 @@ def _contributions(section: _Section, replies: Sequence[Reply]) -> list[Any]:
     for ensemble in loaded.task._filters:
         if ensemble.name == loaded.filter:
             ensemble.apply(flat)
+    return [
+        [request.filtered_resps[loaded.filter] for request in item] for item in section.requests
+    ]
+
+
+def _contributions(section: _Section, answers: Sequence[list[Any]]) -> list[Any]:
+    loaded = section.task
     values = []
-    for item in section.requests:
-        answers = [request.filtered_resps[loaded.filter] for request in item]
-        metrics = loaded.task.process_results(item[0].doc, answers)
+    for item, replies in zip(section.requests, answers, strict=True):
+        metrics = loaded.task.process_results(item[0].doc, replies)
         if loaded.metric not in metrics:
             raise TaskError(
                 f"task {loaded.name!r} gives no metric {loaded.metric!r}; "

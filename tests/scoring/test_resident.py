@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +97,43 @@ def assert_equal(score: Score, samples: Samples) -> None:
     assert {name: list(task.outcomes) for name, task in score.tasks.items()} == expected
 
 
+def assert_margins(score: Score, samples: Samples) -> None:
+    """Margins worked out by hand from the log-likelihoods that lm-eval logged."""
+    expected = {
+        "choice": mean(choice_margins(samples["choice"], len)),
+        "choice_shots": mean(choice_margins(samples["choice_shots"], lambda _: 1)),
+        "continue": mean([likelihoods(row)[0] for row in samples["continue"]]),
+    }
+    assert score.tasks["generate"].margin is None
+    for name, margin in expected.items():
+        assert score.tasks[name].margin == pytest.approx(margin, rel=1e-6, abs=1e-5)
+
+
+def choice_margins(rows: list[dict[str, Any]], length: Callable[[str], int]) -> list[float]:
+    margins = []
+    for row in rows:
+        choices = row["doc"]["choices"]
+        values = [v / length(c) for v, c in zip(likelihoods(row), choices, strict=True)]
+        right = values.pop(row["doc"]["label"])
+        margins.append(right - max(values))
+    return margins
+
+
+def likelihoods(row: dict[str, Any]) -> list[float]:
+    return [float(reply[0]) for reply in row["filtered_resps"]]
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_outcomes_equal_a_cold_run_item_by_item(exam: Exam, tmp_path: Path, dtype: str) -> None:
     samples = cold_run(exam, [entry["task"] for entry in OBJECTIVE], tmp_path, dtype)
     score = scorer(exam, dtype=getattr(torch, dtype)).score_all()
     assert_equal(score, samples)
+    assert_margins(score, samples)
     for task in score.tasks.values():
         assert 0 < sum(task.outcomes) < ITEMS  # outcomes that differ, or nothing was compared
 
@@ -134,7 +167,9 @@ def test_one_scorer_serves_many_weight_vectors(exam: Exam, tasks: LoadedTasks) -
         fresh, tokenizer = exam.load()
         fresh.load_state_dict(model.state_dict())
         names = [task.name for task in tasks.tasks]
-        assert_equal(resident.score_all(), warm_run(fresh, tokenizer, exam, names))
+        samples = warm_run(fresh, tokenizer, exam, names)
+        assert_equal(resident.score_all(), samples)
+        assert_margins(resident.score_all(), samples)
     model.load_state_dict(exam.load()[0].state_dict())
     assert resident.score_all() == first
 
