@@ -17,6 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.space import Gene
 from evomerge.store import open_store
 from evomerge.store.base import StudyRecord
 from evomerge.store.mirror import OptunaMirror
@@ -58,8 +59,8 @@ def _search(spec, url: str) -> tuple[float, float, int]:  # type: ignore[no-unty
     store, executor = open_store(url), SyntheticExecutor(2)
     record = open_study(spec, store, executor)
 
-    def mirror(record: StudyRecord, genes: Sequence[str]) -> OptunaMirror:
-        return OptunaMirror(url, record.name, directions=1, gene_names=genes)
+    def mirror(record: StudyRecord, genes: Sequence[Gene]) -> OptunaMirror:
+        return OptunaMirror(url, record.name, directions=1, gene_names=[g.name for g in genes])
 
     with controlling(record, store) as token:
         controller = build_controller(record, store, executor, token, make_mirror=mirror)

@@ -37,7 +37,7 @@ import sqlalchemy as sa
 from evomerge.service.executor import Job
 from evomerge.service.progress import PlainView
 from evomerge.service.study import Models, build_controller, controlling, open_study
-from evomerge.space import load_space
+from evomerge.space import Gene, load_space
 from evomerge.spec import StudySpec
 from evomerge.store import open_store
 from evomerge.store.base import StudyRecord
@@ -243,8 +243,8 @@ def _write_rates(url: str, count: int = 300) -> tuple[float, float]:
 
 
 def _mirror(url: str):  # type: ignore[no-untyped-def]
-    def make(record: StudyRecord, genes: Sequence[str]) -> OptunaMirror:
-        return OptunaMirror(url, record.name, directions=1, gene_names=genes)
+    def make(record: StudyRecord, genes: Sequence[Gene]) -> OptunaMirror:
+        return OptunaMirror(url, record.name, directions=1, gene_names=[g.name for g in genes])
 
     return make
 

@@ -20,6 +20,7 @@ from evomerge.service.executor import Executor
 from evomerge.service.progress import View, make_view
 from evomerge.service.report import Report, build_report
 from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.space import Gene
 from evomerge.space.mergekit_evolve import is_mergekit_evolve, read_mergekit_evolve
 from evomerge.spec import StudySpec, Workers, nearest
 from evomerge.store import IN_MEMORY, open_store
@@ -49,7 +50,7 @@ def _run(spec: StudySpec, url: str, executor_name: str, view: View) -> Report:
         record = open_study(spec, store, executor)
         with controlling(record, store) as token:
 
-            def make_mirror(record: StudyRecord, genes: Sequence[str]) -> Mirror | None:
+            def make_mirror(record: StudyRecord, genes: Sequence[Gene]) -> Mirror | None:
                 return _mirror(url, record, genes)
 
             controller = build_controller(
@@ -140,7 +141,7 @@ def _gently(controller: Controller, view: View) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _mirror(url: str, record: StudyRecord, genes: Sequence[str]) -> Mirror | None:
+def _mirror(url: str, record: StudyRecord, genes: Sequence[Gene]) -> Mirror | None:
     if url == IN_MEMORY:
         return None
     from evomerge.store.mirror import OptunaMirror
@@ -149,5 +150,10 @@ def _mirror(url: str, record: StudyRecord, genes: Sequence[str]) -> Mirror | Non
     tasks = [task["task"] for task in record.spec["objective"]["tasks"]]
     names = tasks if pareto else ["mean"]
     return OptunaMirror(
-        url, record.name, directions=len(names), gene_names=genes, metric_names=names
+        url,
+        record.name,
+        directions=len(names),
+        gene_names=[gene.name for gene in genes],
+        values={gene.name: gene.values for gene in genes if gene.values},
+        metric_names=names,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +37,13 @@ def show_space(space: Reference, sources: Sources = None, json: AsJson = False) 
         return
     typer.echo(f"{space}: {loaded.about}\nmethod {loaded.method}, {len(rows)} genes")
     columns = ("index", "name", "low", "high", "init", "scale", "does")
-    print_table(columns, [[str(row[column]) for column in columns] for row in rows])
+    print_table(columns, [[_cell(row, column) for column in columns] for row in rows])
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    if column == "scale" and row["values"]:
+        return f"one of {', '.join(f'{value:g}' for value in row['values'])}"
+    return str(row[column])
 
 
 @app.command("check")

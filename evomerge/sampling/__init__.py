@@ -26,9 +26,8 @@ def make_sampler(
     `init` [genes] is the start point in the unit cube, `gene_names` [genes] are distinct. `auto`
     populations depend on `genes` and the sampler only, never on the number of workers. `levels`
     [genes] says how many cells of [0, 1] a discrete gene has, 0 for a continuous one; `promising`
-    [k, genes] are good genomes of an earlier study: both are for CMA-ES, the others ignore them.
-    Raises ValueError for arguments that do not fit together and UserError where a package is
-    missing.
+    [k, genes] are good genomes of an earlier study, which CMA-ES starts from. Raises ValueError for
+    arguments that do not fit together and UserError where a package is missing.
     """
     if levels and (len(levels) != genes or any(count < 0 or count == 1 for count in levels)):
         raise ValueError(f"expected 0 or at least 2 levels for each of {genes} genes; got {levels}")
@@ -41,7 +40,7 @@ def make_sampler(
     if spec.name == "random":
         from evomerge.sampling.random import RandomSampler
 
-        return RandomSampler(spec, genes=genes, objectives=objectives)
+        return RandomSampler(spec, objectives=objectives, levels=levels or [0] * genes)
     if spec.name == "cmaes":
         from evomerge.sampling.cmaes import cmaes_sampler
 
@@ -50,4 +49,10 @@ def make_sampler(
         )
     from evomerge.sampling.optuna import OptunaSampler
 
-    return OptunaSampler(spec, init=init, objectives=objectives, gene_names=gene_names)
+    return OptunaSampler(
+        spec,
+        init=init,
+        objectives=objectives,
+        gene_names=gene_names,
+        levels=levels or [0] * genes,
+    )

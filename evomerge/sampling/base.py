@@ -1,6 +1,7 @@
 """The contract of a sampler.
 
-A sampler works in the unit cube: every gene of a genome lies in [0, 1]. It keeps nothing on disk.
+A sampler works in the unit cube: every gene of a genome lies in [0, 1]; all that a discrete gene
+says is which of as many equal cells it lies in as it has levels. It keeps nothing on disk.
 Its state is a function of what it was told, in the order it was told, and each ask draws from a
 generator seeded by (study seed, index): so replaying the recorded tells rebuilds it bit for bit.
 Knows nothing of recipes, trials' attempts or stores.

@@ -33,8 +33,9 @@ Vector = NDArray[np.float64]
 class Distribution:
     """N(m, σ²C) over the genes, with the paths that adapt it.
 
-    `levels` [genes] says how many equally wide cells of [0, 1] a gene has (see `level_of`), 0 for a
-    continuous one. `cov` [genes, genes] is C's start, the identity if None.
+    `levels` [genes] says how many equally wide cells of [0, 1] a gene has, 0 for a continuous one
+    (`space.scales.level_of` says which it is in). `cov` [genes, genes] is C's start, the identity
+    if None.
     """
 
     def __init__(
@@ -133,11 +134,6 @@ class Distribution:
         """The diagonal of C [genes]."""
         c: Vector = self._cma._C
         return c if isinstance(self._cma, SepCMA) else np.diag(c)
-
-
-def level_of(gene: float, levels: int) -> int:
-    """Which of a discrete gene's cells, [0, 1/levels) and on, its value lies in."""
-    return min(int(gene * levels), levels - 1)
 
 
 def _optimiser(

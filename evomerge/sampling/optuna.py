@@ -8,10 +8,9 @@ generation that is not a function of the results. Knows nothing of the store's O
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import optuna
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.trial import TrialState, create_trial
 
@@ -19,6 +18,7 @@ from evomerge.errors import UserError
 from evomerge.sampling.base import Told
 from evomerge.sampling.generations import GenerationalSampler
 from evomerge.sampling.seeding import derived_seed
+from evomerge.space.scales import level_of, middle_of
 from evomerge.spec import SamplerSpec
 from evomerge.trial import Genome
 
@@ -33,7 +33,8 @@ class OptunaSampler(GenerationalSampler):
     Proposals of one generation are made in the order of their indices and each sees the ones before
     it as running, so that TPE and GP spread them. `population: auto` is 4 for TPE and GP, whose
     proposals get worse the more of them run at once, and 20 for NSGA-II. A failed candidate enters
-    with a value below the worst one told, so that the sampler keeps away from it.
+    with a value below the worst one told, so that the sampler keeps away from it. To Optuna a
+    discrete gene is a whole number, its level; `levels` [genes] as for CMA-ES.
     """
 
     def __init__(
@@ -43,14 +44,19 @@ class OptunaSampler(GenerationalSampler):
         init: Sequence[float],
         objectives: int,
         gene_names: Sequence[str],
+        levels: Sequence[int],
     ) -> None:
         _require(spec.name, objectives)
         population = AUTO_POPULATION[spec.name] if spec.population == "auto" else spec.population
         super().__init__(genes=len(init), objectives=objectives, population=population)
         optuna.logging.set_verbosity(optuna.logging.ERROR)  # it reports each study
         self._spec = spec
-        self._init = tuple(init)
-        self._distributions: dict[str, Any] = dict.fromkeys(gene_names, _UNIT)
+        self._levels = levels
+        self._init = self._genome(self._parameters(init))
+        self._distributions: dict[str, BaseDistribution] = {
+            name: IntDistribution(0, count - 1) if count else _UNIT
+            for name, count in zip(gene_names, levels, strict=True)
+        }
         self._history: list[Told] = []
         self._study: optuna.Study | None = None
         self._proposed: list[Genome] = []
@@ -68,7 +74,20 @@ class OptunaSampler(GenerationalSampler):
             self._study = self._rebuilt()
         self._study.sampler = self._optuna_sampler(index)
         params = self._study.ask(self._distributions).params
-        return tuple(float(params[name]) for name in self._distributions)
+        return self._genome([params[name] for name in self._distributions])
+
+    def _parameters(self, genome: Sequence[float]) -> list[float]:
+        """A genome as Optuna sees it: of a discrete gene the number of its level."""
+        return [
+            level_of(gene, levels) if levels else gene
+            for gene, levels in zip(genome, self._levels, strict=True)
+        ]
+
+    def _genome(self, parameters: Sequence[float]) -> Genome:
+        return tuple(
+            middle_of(int(value), levels) if levels else float(value)
+            for value, levels in zip(parameters, self._levels, strict=True)
+        )
 
     def _learn(self, results: Sequence[Told]) -> None:
         self._history.extend(results)
@@ -92,7 +111,9 @@ class OptunaSampler(GenerationalSampler):
                 create_trial(
                     state=TrialState.COMPLETE,
                     values=values,
-                    params=dict(zip(self._distributions, told.genome, strict=True)),
+                    params=dict(
+                        zip(self._distributions, self._parameters(told.genome), strict=True)
+                    ),
                     distributions=self._distributions,
                     system_attrs={_GENERATION: told.index // self._population},
                 )

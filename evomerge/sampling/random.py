@@ -11,25 +11,27 @@ from collections.abc import Sequence
 from evomerge.sampling.base import UNLIMITED, Told
 from evomerge.sampling.generations import GenerationalSampler
 from evomerge.sampling.seeding import derived_seed
+from evomerge.space.scales import snapped
 from evomerge.spec import SamplerSpec
 from evomerge.trial import Genome
 
 
 class RandomSampler(GenerationalSampler):
-    """Uniform draws, each a function of (seed, index) alone.
+    """Uniform draws, each a function of (seed, index) alone. `levels` [genes] as for CMA-ES.
 
     `population: auto` is one generation without end: no proposal waits for any result. A number
     is kept to, which only costs workers their time.
     """
 
-    def __init__(self, spec: SamplerSpec, *, genes: int, objectives: int) -> None:
+    def __init__(self, spec: SamplerSpec, *, objectives: int, levels: Sequence[int]) -> None:
         population = UNLIMITED if spec.population == "auto" else spec.population
-        super().__init__(genes=genes, objectives=objectives, population=population)
+        super().__init__(genes=len(levels), objectives=objectives, population=population)
         self._seed = spec.seed
+        self._levels = levels
 
     def _propose(self, index: int) -> Genome:
         generator = random.Random(derived_seed(self._seed, index))
-        return tuple(generator.random() for _ in range(self._genes))
+        return tuple(snapped(generator.random(), levels) for levels in self._levels)
 
     def _learn(self, results: Sequence[Told]) -> None:
         pass

@@ -89,6 +89,6 @@ def _product_range(factors: Sequence[Factor]) -> tuple[float, float]:
     """The least and the greatest value that a product of factors can take."""
     low = high = 1.0
     for factor in factors:
-        ends = [a * b for a in (low, high) for b in (factor.low, factor.high)]
+        ends = [a * b for a in (low, high) for b in factor.bounds]
         low, high = min(ends), max(ends)
     return low, high

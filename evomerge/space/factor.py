@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 from evomerge.merging.layout import TENSOR_TYPES, TensorType
-from evomerge.space.scales import Scale, bounds_fault, from_unit, to_unit
+from evomerge.space.scales import Scale, bounds_fault, from_unit, level_of, middle_of, to_unit
 from evomerge.spec import nearest
 
 Number = Annotated[float, Strict()]
@@ -26,7 +27,10 @@ _AT_ONE_DEPTH: tuple[TensorType, ...] = ("embedding", "head")
 
 @dataclass(frozen=True)
 class Gene:
-    """One coordinate of the genome: its name, bounds, start value and what it does, in words."""
+    """One coordinate of the genome: its name, bounds, start value and what it does, in words.
+
+    A discrete gene has `values`, ascending, one for each of as many equal cells of [0, 1].
+    """
 
     name: str
     low: float
@@ -34,23 +38,44 @@ class Gene:
     init: float
     scale: Scale
     does: str
+    values: tuple[float, ...] = ()
+
+    @property
+    def levels(self) -> int:
+        """How many values a discrete gene has; 0 for a continuous one."""
+        return len(self.values)
 
     def value(self, u: float) -> float:
-        """The parameter's value at `u` in [0, 1]."""
+        """The parameter's value at `u` in [0, 1]: of a discrete gene one of `values`, exactly."""
+        if self.values:
+            return self.values[level_of(u, self.levels)]
         return from_unit(u, low=self.low, high=self.high, scale=self.scale)
 
     def unit(self, value: float) -> float:
-        """Where in [0, 1] a value of [low, high] lies."""
+        """Where in [0, 1] a value of [low, high] lies; of a discrete gene its cell's middle.
+
+        Raises ValueError for a value that the gene cannot take.
+        """
+        if not (value in self.values if self.values else self.low <= value <= self.high):
+            raise ValueError(f"{self.name}: {value} is not {self._range()}")
+        if self.values:
+            return middle_of(self.values.index(value), self.levels)
         return to_unit(value, low=self.low, high=self.high, scale=self.scale)
+
+    def _range(self) -> str:
+        if self.values:
+            return f"one of {_listed(self.values)}"
+        return f"in its bounds, {self.low:g} to {self.high:g}"
 
 
 class Factor(BaseModel):
     """One factor of a parameter, as a space's YAML writes it.
 
-    `per` names what it differs by. `knots` makes it a gradient over depth, linear between equally
-    spaced knots; `blocks` makes it constant on equal runs of depth. With `per: [type]` it has genes
-    for `types` only, and tensors of other types take `init`, or the genes of `rest` if `types`
-    ends with it. Types that lie at one depth (embedding, head) get one gene in place of a curve.
+    Its numbers lie between `low` and `high`, spread by `scale`, or each is one of `values`. `per`
+    names what it differs by. `knots` makes it a gradient over depth, linear between equally spaced
+    knots; `blocks` makes it constant on equal runs of depth. With `per: [type]` it has genes for
+    `types` only, and tensors of other types take `init`, or the genes of `rest` if `types` ends
+    with it. Types that lie at one depth (embedding, head) get one gene in place of a curve.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -60,8 +85,9 @@ class Factor(BaseModel):
     types: tuple[str, ...] = ()
     knots: Annotated[int, Strict(), Field(ge=2, le=64)] | None = None
     blocks: Annotated[int, Strict(), Field(ge=2, le=64)] | None = None
-    low: Number
-    high: Number
+    values: tuple[Number, ...] = ()
+    low: Number | None = None
+    high: Number | None = None
     init: Number
     scale: Scale = "linear"
 
@@ -86,13 +112,17 @@ class Factor(BaseModel):
             raise ValueError("; ".join(faults))
         return self
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest of its numbers."""
+        if self.values:
+            return self.values[0], self.values[-1]
+        assert self.low is not None
+        assert self.high is not None
+        return self.low, self.high
+
     def _faults(self) -> Iterator[str]:
-        if self.low >= self.high:
-            yield f"low must be below high, got low {self.low:g} and high {self.high:g}"
-        elif not self.low <= self.init <= self.high:
-            yield f"init {self.init:g} lies outside [{self.low:g}, {self.high:g}]"
-        elif fault := bounds_fault(self.low, self.high, self.scale):
-            yield fault
+        yield from self._value_faults() if self.values else self._bound_faults()
         if len(set(self.per)) < len(self.per):
             yield f"per lists {self.per[0]!r} twice"
         if "type" in self.per and not self.types:
@@ -103,6 +133,34 @@ class Factor(BaseModel):
             yield "types is given, but per does not hold type"
         if self.knots and self.blocks:
             yield "knots and blocks are two ways to vary over depth; give one of them"
+
+    def _bound_faults(self) -> Iterator[str]:
+        low, high = self.low, self.high
+        if low is None or high is None:
+            missing = " and ".join(key for key in ("low", "high") if getattr(self, key) is None)
+            yield f"missing {missing}; a factor has low and high, or values"
+        elif low >= high:
+            yield f"low must be below high, got low {low:g} and high {high:g}"
+        elif not low <= self.init <= high:
+            yield f"init {self.init:g} lies outside [{low:g}, {high:g}]"
+        elif fault := bounds_fault(low, high, self.scale):
+            yield fault
+
+    def _value_faults(self) -> Iterator[str]:
+        given = [key for key in ("low", "high") if getattr(self, key) is not None]
+        given += ["scale"] if self.scale != "linear" else []
+        if given:
+            yield f"values stand in place of {' and '.join(given)}; give one or the other"
+        if self.knots:
+            yield "values with knots: between two knots lies what is no value; use blocks"
+        if len(self.values) == 1:
+            yield "values holds one number; write it as the parameter's fixed value"
+        falls = [(a, b) for a, b in pairwise(self.values) if a >= b]
+        if falls:
+            yield "values must ascend, each once; got {:g} before {:g}".format(*falls[0])
+        elif self.init not in self.values:
+            close = min(self.values, key=lambda value: abs(value - self.init))
+            yield f"init {self.init:g} is none of the values; the nearest is {close:g}"
 
     def genes(self, label: str, parameter: str, sources: Sequence[str]) -> list[Gene]:
         """The factor's genes; `label` starts their names, `parameter` is what they act on."""
@@ -144,7 +202,8 @@ class Factor(BaseModel):
         ]
         name = _gene_name(label, source, kind, place)
         does = " ".join(word for word in words if word)
-        return Gene(name, self.low, self.high, self.init, self.scale, does)
+        low, high = self.bounds
+        return Gene(name, low, high, self.init, self.scale, does, self.values)
 
     def _depth_words(self, place: int | None) -> str:
         if place is None:
@@ -156,6 +215,10 @@ class Factor(BaseModel):
             )
         assert self.blocks is not None
         return f"from depth {place / self.blocks:.2g} to {(place + 1) / self.blocks:.2g}"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 _TYPES = frozenset((*TENSOR_TYPES, REST))

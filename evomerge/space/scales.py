@@ -1,4 +1,5 @@
-"""How a gene in [0, 1] is spread over its bounds: evenly in x, in log x or in logit x.
+"""How a gene in [0, 1] is spread over its bounds: evenly in x, in log x or in logit x, or in equal
+cells over levels.
 
 Knows nothing of genes' names or of merges.
 """
@@ -29,6 +30,21 @@ def to_unit(x: float, *, low: float, high: float, scale: Scale) -> float:
     forward, _ = _SCALES[scale]
     a, b = forward(low), forward(high)
     return min(max((forward(x) - a) / (b - a), 0.0), 1.0)
+
+
+def level_of(u: float, levels: int) -> int:
+    """Which of a discrete gene's cells, [0, 1/levels) and on, the fraction `u` lies in."""
+    return min(int(u * levels), levels - 1)
+
+
+def middle_of(level: int, levels: int) -> float:
+    """The fraction in the middle of a discrete gene's cell; `level_of` it is `level`."""
+    return (level + 0.5) / levels
+
+
+def snapped(u: float, levels: int) -> float:
+    """The middle of the cell that `u` lies in; `u` itself for a gene of 0 levels."""
+    return middle_of(level_of(u, levels), levels) if levels else u
 
 
 def bounds_fault(low: float, high: float, scale: Scale) -> str | None:

@@ -16,7 +16,7 @@ PLACEHOLDERS = ("source_1", "source_2")
 def show(space: Space, sources: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """One row for each gene; two placeholder sources stand in where none are named.
 
-    Keys: index, name, low, high, init, scale, does.
+    Keys: index, name, low, high, init, scale, values (None where continuous), does.
     """
     return [
         {
@@ -26,6 +26,7 @@ def show(space: Space, sources: Sequence[str] | None = None) -> list[dict[str, A
             "high": gene.high,
             "init": gene.init,
             "scale": gene.scale,
+            "values": list(gene.values) or None,
             "does": gene.does,
         }
         for index, gene in enumerate(space.genes(list(sources or PLACEHOLDERS)))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.sampling import Sampler, Told, make_sampler
-from evomerge.sampling.distribution import level_of
+from evomerge.space.scales import level_of
 from evomerge.spec import SamplerSpec
 from evomerge.testing.sampler_contract import interleaved, replayed, sphere
 from evomerge.trial import Genome

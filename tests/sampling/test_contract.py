@@ -82,8 +82,19 @@ class TestRandomTwoObjectives(Shipped):
     objectives = 2
 
 
+class TestRandomDiscrete(Shipped):
+    spec: ClassVar = {"name": "random"}
+    levels = 3
+    learns = False
+
+
 class TestTpe(Shipped):
     spec: ClassVar = {"name": "tpe"}
+
+
+class TestTpeDiscrete(Shipped):
+    spec: ClassVar = {"name": "tpe"}
+    levels = 3
 
 
 class TestTpeTwoObjectives(Shipped):
@@ -93,6 +104,11 @@ class TestTpeTwoObjectives(Shipped):
 
 class TestNsga2(Shipped):
     spec: ClassVar = {"name": "nsga2", "population": 6}
+
+
+class TestNsga2Discrete(Shipped):
+    spec: ClassVar = {"name": "nsga2", "population": 6}
+    levels = 3
 
 
 class TestNsga2TwoObjectives(Shipped):
@@ -108,3 +124,12 @@ class TestGp(Shipped):
     def resume_points(self) -> Iterable[int]:
         # its model is first fitted after 12 results, and costs a tenth of a second each time
         return (0, 11, 12, 13, 15, 17)
+
+
+@pytest.mark.slow
+class TestGpDiscrete(TestGp):
+    levels = 3
+    trials = 16
+
+    def resume_points(self) -> Iterable[int]:
+        return (11, 13)

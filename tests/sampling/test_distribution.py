@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.sampling import make_sampler
-from evomerge.sampling.distribution import Distribution, level_of
+from evomerge.sampling.distribution import Distribution
 from evomerge.sampling.warm_start import best_tenth, promising_distribution
+from evomerge.space.scales import level_of
 from evomerge.spec import SamplerSpec
 from evomerge.testing.sampler_contract import go_on, sphere
 from evomerge.trial import Genome

@@ -145,6 +145,53 @@ def test_scales(u, low, high):
         assert ends == [low, high]
 
 
+ascending = st.lists(
+    st.floats(-1e6, 1e6).map(lambda x: x + 0.0), min_size=2, max_size=70, unique=True
+).map(sorted)
+
+
+@given(ascending, st.floats(0, 1), st.integers(0, 69))
+def test_a_discrete_gene_is_exactly_one_of_its_values(values, u, place):
+    level = place % len(values)
+    document = {
+        "method": "ties",
+        "source": {"density": [{"values": values, "init": values[level]}]},
+    }
+    space = load_space(document)
+    assert load_space(space.to_json()) == space
+    (gene,) = space.genes(["a"])
+    assert (gene.levels, gene.low, gene.high) == (len(values), values[0], values[-1])
+    # exactly the value written, and back to the middle of its cell
+    (start,) = space.start(["a"])
+    assert gene.value(start) == gene.init == values[level]
+    assert start == (level + 0.5) / len(values)
+    recipe = decode(document, (u,), models={"a": ModelRef("a")})
+    found = recipe.sources[0].parameters["density"]
+    assert found in values
+    assert values.index(found) == sum(u >= k / len(values) for k in range(1, len(values)))
+    assert gene.value(gene.unit(found)) == found
+    assert [gene.value(end) for end in (0.0, 1.0)] == [values[0], values[-1]]
+
+
+def test_values_on_runs_of_depth_beside_a_factor_for_each_source():
+    document = {
+        "method": "ties",
+        "source": {
+            "weight": [{**DISCRETE, "name": "step", "blocks": 2}, {**SCALE, "name": "own"}],
+        },
+    }
+    recipe = decode(document, (0.2, 0.9, 0.5, 0.25))
+    assert [source.parameters["weight"] for source in recipe.sources] == [
+        {"blocks": [0.1, 0.5]},
+        {"blocks": [0.5 * 0.1, 0.5 * 0.5]},
+    ]
+    space = load_space(document)
+    genome = space.encode({"weight.step[1]": 0.5}, ["b", "a"])
+    assert genome[:2] == (0.5, 2.5 / 3)
+    with pytest.raises(ValueError, match=r"weight.step\[1\]: 0.2 is not one of 0.1, 0.3, 0.5"):
+        space.encode({"weight.step[1]": 0.2}, ["b", "a"])
+
+
 def test_every_fault_of_a_document_is_reported_at_once():
     document = {
         "methd": "ties",
@@ -199,6 +246,33 @@ def test_each_fault_is_named(factors, fault):
     assert fault in found[0]
 
 
+DISCRETE = {"values": [0.1, 0.3, 0.5], "init": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("factor", "fault"),
+    [
+        ({**DISCRETE, "low": 0.1}, "values stand in place of low; give one or the other"),
+        ({**DISCRETE, "high": 1, "scale": "log"}, "values stand in place of high and scale"),
+        ({**DISCRETE, "init": 0.44}, "init 0.44 is none of the values; the nearest is 0.5"),
+        ({**DISCRETE, "knots": 3}, "values with knots: between two knots lies what is no value"),
+        ({"values": [0.5, 0.1], "init": 0.1}, "values must ascend, each once; got 0.5 before 0.1"),
+        ({"values": [1, 1.0], "init": 1}, "values must ascend, each once; got 1 before 1"),
+        ({"values": [0.5], "init": 0.5}, "values holds one number; write it as the parameter's"),
+        ({"values": ["a", 1], "init": 1}, "expected a number, got 'a'"),
+        ({"values": 3, "init": 3}, "expected a list, got 3"),
+        ({"valeus": [0.1, 0.3], "init": 0.3}, "valeus'; did you mean 'values'?"),
+        ({"values": [], "init": 0.3}, "missing low and high; a factor has low and high, or values"),
+        ({"low": 0.0, "init": 0.3}, "missing high; a factor has low and high, or values"),
+    ],
+)
+def test_each_fault_of_values_is_named(factor, fault):
+    found = faults({"method": "ties", "source": {"density": [factor]}})
+    assert len(found) == 1
+    assert "source.density.0" in found[0]
+    assert fault in found[0]
+
+
 def test_a_space_that_searches_nothing_is_refused():
     assert "nothing is searched" in faults({"method": "ties", "source": {"weight": 0.5}})[0]
 
@@ -228,6 +302,7 @@ def test_show_needs_no_sources():
         "high": 1.5,
         "init": 0.4,
         "scale": "linear",
+        "values": None,
         "does": "weight of source source_2",
     }
     assert [row["name"] for row in show(load_space("source_scalar"), ["x"])] == ["weight[x]"]

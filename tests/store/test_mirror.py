@@ -107,6 +107,21 @@ def _rows(url: str) -> dict[str, list[Any]]:
         return {t.name: sorted(map(repr, connection.execute(sa.select(t)))) for t in tables}
 
 
+def test_a_discrete_gene_is_shown_by_its_value(
+    url: str, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"scale.code": (0.1, 0.3, 0.7)}
+    mirror(url, values=values).sync(trials)
+    first = loaded(url)[0]
+    assert first.params == {"scale.math": 0.25, "scale.code": 0.7}  # of the gene 0.75
+    assert first.distributions["scale.code"].choices == (0.1, 0.3, 0.7)
+    slow_url = f"sqlite:///{tmp_path}/slow.db"
+    monkeypatch.setattr("evomerge.store.mirror._KNOWN_SCHEMA", "none")
+    mirror(slow_url, values=values).sync(trials)
+    assert loaded(slow_url) == loaded(url)
+    assert _rows(slow_url) == _rows(url)
+
+
 def test_no_trial_is_there_twice(url: str, trials: list[Trial]) -> None:
     first = mirror(url)
     first.sync(trials)
