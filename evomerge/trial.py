@@ -74,6 +74,11 @@ class Score:
         merits = {name: self.tasks[name].merit for name in weights}
         return tuple(merits.values()) if pareto else (weighted_mean(merits, weights),)
 
+    @property
+    def margins(self) -> dict[str, float]:
+        """The margins of the tasks that have one."""
+        return {n: task.margin for n, task in self.tasks.items() if task.margin is not None}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -90,6 +95,16 @@ class Score:
 def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """The mean over tasks by the objective's weights, which need not sum to 1."""
     return math.fsum(w * values[name] for name, w in weights.items()) / math.fsum(weights.values())
+
+
+def tiebreak(margins: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+    """What decides, more being better, between candidates whose weighted mean is the same.
+
+    The mean of the margins by the same weights; None unless each of the tasks has a finite one.
+    """
+    if not all(name in margins and math.isfinite(margins[name]) for name in weights):
+        return None
+    return weighted_mean(margins, weights)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Only the controller writes. Knows nothing of samplers, executors or models. The 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
@@ -69,13 +69,15 @@ class Claim:
 class Tell:
     """A result as it was told: its place in the order of tells, and what the sampler learned.
 
-    `values` is None of a trial that is not COMPLETE.
+    `values` is None of a trial that is not COMPLETE. `margins` are those of its tasks on the search
+    items, where there are any.
     """
 
     order: int
     number: int
     genome: Genome | None
     values: tuple[float, ...] | None
+    margins: Mapping[str, float] = field(default_factory=dict)
 
 
 class StudyStore(Protocol):

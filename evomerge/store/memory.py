@@ -122,6 +122,7 @@ class MemoryStore:
                     trial.number,
                     trial.genome,
                     trial.values if trial.state is State.COMPLETE else None,
+                    trial.scores["search"].margins if "search" in trial.scores else {},
                 )
                 for trial in kept.trials.values()
                 if trial.tell_order is not None and trial.tell_order > after

@@ -5,6 +5,7 @@ Every one runs on a connection whose transaction is `sql`'s, and commits nothing
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -197,7 +198,7 @@ def read_trials(
 
 def read_tells(connection: sa.Connection, study_id: int, after: int, limit: int) -> list[Tell]:
     """The first `limit` tells of a later place than `after`."""
-    rows = connection.execute(
+    told = connection.execute(
         sa.select(
             trials.c.tell_order,
             trials.c.number,
@@ -208,11 +209,29 @@ def read_tells(connection: sa.Connection, study_id: int, after: int, limit: int)
         .where(trials.c.study_id == study_id, trials.c.tell_order > after)
         .order_by(trials.c.tell_order)
         .limit(limit)
-    )
+    ).all()
+    margins = _margins(connection, study_id, after, told[-1][0]) if told else {}
     return [
-        Tell(order, number, genome, values if state == COMPLETE else None)
-        for order, number, genome, values, state in rows
+        Tell(order, number, genome, values if state == COMPLETE else None, margins.get(number, {}))
+        for order, number, genome, values, state in told
     ]
+
+
+def _margins(
+    connection: sa.Connection, study_id: int, after: int, last: int
+) -> dict[int, dict[str, float]]:
+    """By trial the margins on the search items of what was told in the places (after, last]."""
+    query = (
+        sa.select(scores.c.trial, scores.c.task, scores.c.margin)
+        .where(trials.c.study_id == study_id, scores.c.study_id == study_id)
+        .where(scores.c.trial == trials.c.number, scores.c.part == "search")
+        .where(trials.c.tell_order > after, trials.c.tell_order <= last)
+        .where(scores.c.margin.is_not(None))
+    )
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    for number, task, margin in connection.execute(query):
+        found[number][task] = margin
+    return found
 
 
 def _within(column: sa.Column[int], numbers: range) -> tuple[sa.ColumnElement[bool], ...]:

@@ -36,11 +36,13 @@ def new_trial(number: int, *, genome: tuple[float, ...] | None = (0.25, 0.75)) -
     return NewTrial(number, "search", f"trial {number}", genome, recipe, f"digest-{number}")
 
 
-def score(value: float = 0.5, outcomes: tuple[float, ...] = (1.0, 0.0)) -> Score:
-    """A score of two tasks, one where lower is better."""
+def score(
+    value: float = 0.5, outcomes: tuple[float, ...] = (1.0, 0.0), margin: float | None = None
+) -> Score:
+    """A score of two tasks, one where lower is better and no margin is known."""
     return Score(
         {
-            "add": TaskScore("exact_match", value, 0.05, len(outcomes), True, outcomes),
+            "add": TaskScore("exact_match", value, 0.05, len(outcomes), True, outcomes, margin),
             "wiki": TaskScore("word_perplexity", 12.5, None, 1, False, (12.5,)),
         }
     )
@@ -98,8 +100,15 @@ class StudyUnderTest:
         arguments |= changes
         self.store.fail_attempt(self.name, token, why, trial_state=state, **arguments)
 
-    def reuse(self, number: int = 0, part: Part = "search", controller: str = "c1") -> None:
-        self.store.reuse(self.name, number, part, score(), (0.5,), controller=controller)
+    def reuse(
+        self,
+        number: int = 0,
+        part: Part = "search",
+        result: Score | None = None,
+        controller: str = "c1",
+    ) -> None:
+        known = result or score()
+        self.store.reuse(self.name, number, part, known, (0.5,), controller=controller)
 
     def trial(self, number: int = 0) -> Trial:
         return self.store.trial(self.name, number)

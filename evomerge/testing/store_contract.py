@@ -35,6 +35,7 @@ from evomerge.testing.store_builders import (
 from evomerge.testing.store_claims import TestsOfClaims
 from evomerge.testing.store_fencing import TestsOfFencing
 from evomerge.testing.store_leases import TestsOfAttemptLeases, TestsOfRefusals
+from evomerge.testing.store_margins import TestsOfMargins
 from evomerge.trial import Attempt, Failure, Score, State, TaskScore, Trial
 
 
@@ -208,13 +209,14 @@ class TestsOfAttempts:
     ) -> None:
         outcomes = (*ODD_FLOATS, math.nan, math.inf, -math.inf)
         study.start()
-        study.finish(result=score(1 / 3, outcomes), values=(*ODD_FLOATS, -math.inf))
+        study.finish(result=score(1 / 3, outcomes, -1 / 3), values=(*ODD_FLOATS, -math.inf))
         trial = study.store.trials("s")[0]
         task = trial.scores["search"].tasks["add"]
         assert trial.values is not None
         assert bits(trial.values) == bits((*ODD_FLOATS, -math.inf))
         assert bits(task.outcomes) == bits(outcomes)
-        assert bits((task.value,)) == bits((1 / 3,))
+        assert task.margin is not None
+        assert bits((task.value, task.margin)) == bits((1 / 3, -1 / 3))
 
     def test_a_long_list_of_outcomes_comes_back(self, study: StudyUnderTest) -> None:
         outcomes = tuple(math.sin(i) for i in range(20_000))
@@ -471,6 +473,7 @@ class StoreContract(
     TestsOfRefusals,
     TestsOfReuse,
     TestsOfTells,
+    TestsOfMargins,
     TestsOfClaims,
 ):
     """Every test of the contract. Subclass it with a fixture `store` that yields an empty store."""
