@@ -18,6 +18,7 @@ from evomerge.scoring.generation import GenerationPlan, Prompt, Stopping, can_de
 from evomerge.scoring.likelihoods import Layout, Likelihoods, may_share
 from evomerge.scoring.loglikelihood import Window, check_finite
 from evomerge.scoring.near_ties import Choice
+from evomerge.scoring.room import Room, out_of_memory, situation
 from evomerge.scoring.tasks import seed_everything, silence
 
 # The reply to a request as lm-eval's HFLM gives it: (log-likelihood, is greedy), a sum, or a text.
@@ -35,15 +36,20 @@ class Engine:
         with silence():
             self.lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.model = model
-        self.batch_size = batch_size
+        self.room = Room(batch_size, model)
         self.share_context = may_share(model, share_context)
         self._decodes = can_decode(model)
         self._windows: dict[tuple[str, ...], list[Window]] = {}
         self._prompts: dict[tuple[str, int], Prompt] = {}
 
+    @property
+    def batch_size(self) -> int:
+        """The batch size asked for; `room` knows the one that fits."""
+        return self.room.asked
+
     def set_batch_size(self, batch_size: int) -> None:
         """Take this batch size for every program prepared from now on."""
-        self.batch_size = self.lm.batch_size_per_gpu = batch_size
+        self.room = Room(batch_size, self.model)
 
     def prepare(self, instances: Sequence[Any]) -> Program:
         """Encode requests and lay them out in batches."""
@@ -146,7 +152,7 @@ class Program:
     def run(self) -> list[Reply]:
         """One reply for each request. Raises NonFiniteModel or OutOfMemory."""
         replies: list[Reply] = [None] * len(self._instances)
-        with out_of_memory_named():
+        with out_of_memory_named(self._engine.model):
             self._run_likelihoods(replies)
             for plan, groups in self._written:
                 texts = plan.run(self._engine.model, self._engine.lm.tokenizer)
@@ -171,7 +177,7 @@ class Program:
                     items.setdefault(instance.doc_id, []).append(choice)
                 windows += own
         lm = self._engine.lm
-        layout = Layout(self._engine.batch_size, lm.max_length, lm.device)
+        layout = Layout(self._engine.room, lm.max_length, lm.device)
         return Likelihoods(windows, [list(items.values()) for items in tasks.values()], layout)
 
     def _run_likelihoods(self, replies: list[Reply]) -> None:
@@ -200,7 +206,7 @@ class Program:
             plan = GenerationPlan(
                 list(prompts),
                 stopping,
-                batch_size=self._engine.batch_size,
+                room=self._engine.room,
                 pad_token=self._engine.lm.tokenizer.pad_token_id,
                 device=self._engine.lm.device,
                 share_prefix=self._engine.share_context,
@@ -212,19 +218,36 @@ class Program:
         for requests in self._others.values():
             instances = [self._instances[request] for request in requests]
             repeated = [instance for instance in instances for _ in range(instance.repeats or 1)]
-            seed_everything()
-            with silence(), finite_logits(self._engine.model):
-                answers = iter(
-                    getattr(self._engine.lm, instances[0].request_type)(repeated, disable_tqdm=True)
-                )
+            answers = iter(self._asked(repeated))
             for request, instance in zip(requests, instances, strict=True):
                 replies[request] = Repeated(next(answers) for _ in range(instance.repeats or 1))
+
+    def _asked(self, instances: list[Any]) -> list[Any]:
+        """HFLM's answers, all at once: what it finished before memory ran out it does not say."""
+        engine = self._engine
+
+        def ask(start: int, batch_size: int) -> tuple[int, list[Any]]:
+            engine.lm.batch_size_per_gpu = batch_size
+            seed_everything()
+            with silence(), finite_logits(engine.model):
+                answers = getattr(engine.lm, instances[0].request_type)
+                return len(instances), list(answers(instances, disable_tqdm=True))
+
+        if _is_sampled(instances[0]):  # what is drawn depends on the batch
+            return ask(0, engine.room.asked)[1]
+        (answers,) = engine.room.batches(len(instances), ask)
+        return answers
 
 
 class Repeated(tuple[Any, ...]):
     """The replies to a request that was asked several times, not all of them the same."""
 
     __slots__ = ()
+
+
+def _is_sampled(instance: Any) -> bool:
+    options = instance.args[1] if instance.request_type == "generate_until" else {}
+    return bool(options.get("do_sample") or options.get("temperature"))
 
 
 def _kind(instance: Any) -> str:
@@ -243,18 +266,12 @@ def finite_logits(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def out_of_memory_named() -> Iterator[None]:
-    """Turn the ways in which torch runs out of memory into OutOfMemory."""
-    try:
+def out_of_memory_named(model: Any) -> Iterator[None]:
+    """Turn running out of memory where no smaller batch would do into OutOfMemory."""
+    with out_of_memory() as reasons:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(_advice(error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "out of memory" in str(error):
-            raise OutOfMemory(_advice(error)) from error
-        raise
-
-
-def _advice(error: BaseException) -> str:
-    first = (str(error).splitlines() or ["out of memory"])[0]
-    return f"scoring does not fit: {first}; set a smaller `batch_size` under `evaluation`"
+    if reasons:
+        raise OutOfMemory(
+            f"scoring does not fit: {situation(model, reasons[0])}, or set a smaller `batch_size` "
+            "under `evaluation`"
+        )

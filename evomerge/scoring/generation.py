@@ -26,6 +26,7 @@ from evomerge.scoring.key_values import (
     shareable_tokens,
 )
 from evomerge.scoring.loglikelihood import accepts_logits_to_keep, check_finite
+from evomerge.scoring.room import Room, is_out_of_memory
 from evomerge.scoring.shared_context import common_prefix
 
 # A shared prefix has to save this part of all tokens, those to be written included.
@@ -34,6 +35,7 @@ _SAVED = 0.2
 # texts do not add up, as those of log-likelihoods do.
 _NEAR = 1e-4
 _TRIED = 2  # of the longest prompts and of the shortest each
+_Rows = list[list[int]]  # the new tokens of every row
 
 # what `generate` may be configured with and still be plain greedy search
 _HARMLESS = {
@@ -105,46 +107,56 @@ class GenerationPlan:
         prompts: Sequence[Prompt],
         stopping: Stopping,
         *,
-        batch_size: int,
+        room: Room,
         pad_token: int,
         device: torch.device,
         share_prefix: bool = False,
     ) -> None:
         self._prompts = [prompt.tokens for prompt in prompts]
         self._stopping = stopping
+        self._room = room
         self._pad_token = pad_token
         self._device = device
-        order = sorted(
+        self._order = sorted(
             range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), prompts[i].text)
         )
-        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        self._tried = list(dict.fromkeys([*order[:_TRIED], *order[-_TRIED:]]))
+        self._tried = list(dict.fromkeys([*self._order[:_TRIED], *self._order[-_TRIED:]]))
         self._prefix = self._worthwhile() if share_prefix else 0
         self._works: bool | None = None if self._prefix else False
-        self._batches = [self._batch(chosen, 0) for chosen in chunks]
-        self._shared = [self._batch(chosen, self._prefix) for chosen in chunks if self._prefix]
+        self._batches: dict[tuple[int, int, int], Batch] = {}
 
     def run(self, model: Any, tokenizer: Any) -> list[str]:
-        """One text for each prompt. Raises NonFiniteModel."""
+        """One text for each prompt. Raises NonFiniteModel or OutOfMemory."""
         texts = [""] * len(self._prompts)
         decoder = _Decoder(model, tokenizer, self._stopping, _end_tokens(model))
-        for batch, decoded in zip(self._batches, self._decode(decoder, model), strict=True):
-            for prompt, tokens in zip(batch.prompts, decoded, strict=True):
+        for chosen, decoded in self._decode(decoder, model):
+            for prompt, tokens in zip(chosen, decoded, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 texts[prompt] = _cut(text, self._stopping.strings)
         return texts
 
-    def _decode(self, decoder: _Decoder, model: Any) -> Iterator[list[list[int]]]:
-        """The new tokens of every row of every batch."""
+    def _decode(self, decoder: _Decoder, model: Any) -> Iterator[tuple[Sequence[int], _Rows]]:
+        """The prompts of every batch and their new tokens."""
         if self._works is None:
             self._works = self._try(decoder, model)
-        if not self._works:
-            yield from (decoder.decode(batch) for batch in self._batches)
-            return
-        prefix = self._read_prefix(model)
-        for batch, plain in zip(self._shared, self._batches, strict=True):
-            decoded = decoder.decode(batch, prefix)
-            yield decoder.decode(plain) if decoder.nearly_tied else decoded
+        prefix = self._read_prefix(model) if self._works else None
+
+        def decode(start: int, batch_size: int) -> tuple[int, tuple[Sequence[int], _Rows]]:
+            stop = min(start + batch_size, len(self._order))
+            if prefix is not None:
+                decoded = decoder.decode(self._prepared(start, stop, self._prefix), prefix)
+            if prefix is None or decoder.nearly_tied:
+                decoded = decoder.decode(self._prepared(start, stop, 0))
+            return stop, (self._order[start:stop], decoded)
+
+        return self._room.batches(len(self._order), decode)
+
+    def _prepared(self, start: int, stop: int, skipped: int) -> Batch:
+        """The batch of some prompts without the tokens skipped, laid out when first needed."""
+        key = (start, stop, skipped)
+        if key not in self._batches:
+            self._batches[key] = self._batch(self._order[start:stop], skipped)
+        return self._batches[key]
 
     def _worthwhile(self) -> int:
         """How many tokens all prompts share, if running them once saves enough."""
@@ -160,13 +172,21 @@ class GenerationPlan:
         """Whether a few prompts, the longest and the shortest, begin as they should."""
         if max(map(len, self._prompts)) + self._stopping.max_tokens > shareable_tokens(model):
             return False
-        plain, shared = self._batch(self._tried, 0), self._batch(self._tried, self._prefix)
-        expected = decoder.first_logits(plain)
+
+        def agrees(start: int, batch_size: int) -> tuple[int, bool]:
+            chosen = self._tried[start : start + batch_size]
+            return start + len(chosen), self._agrees(chosen, decoder, model)
+
+        return all(self._room.batches(len(self._tried), agrees))
+
+    def _agrees(self, chosen: Sequence[int], decoder: _Decoder, model: Any) -> bool:
+        expected = decoder.first_logits(self._batch(chosen, 0))
         try:
+            shared = self._batch(chosen, self._prefix)
             found = decoder.first_logits(shared, self._read_prefix(model))
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             return False  # a model that does not take another's keys and values
         allowed = 1e-3 if is_exact(model) else 0.05
         return bool(torch.allclose(found, expected, rtol=allowed, atol=allowed))
@@ -216,7 +236,7 @@ class _Decoder:
             if not (len(tokens) == 1 and tokens[0] in ends)
         ]
 
-    def decode(self, batch: Batch, prefix: Segment | None = None) -> list[list[int]]:
+    def decode(self, batch: Batch, prefix: Segment | None = None) -> _Rows:
         """The new tokens of every row, up to and with the one that ended it."""
         rows: list[list[int]] = [[] for _ in batch.prompts]
         going = list(range(len(rows)))  # rows that have not ended

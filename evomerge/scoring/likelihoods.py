@@ -17,6 +17,7 @@ import torch
 from evomerge.scoring.key_values import is_exact, shareable_tokens
 from evomerge.scoring.loglikelihood import Answer, LoglikelihoodPlan, Window
 from evomerge.scoring.near_ties import Choice, NearTies
+from evomerge.scoring.room import Room, is_out_of_memory
 from evomerge.scoring.shared_context import NEAR, SharedContextPlan, Tokens, split
 
 # Sharing has to save this part of the tokens: its passes are smaller and more.
@@ -29,19 +30,19 @@ _TRIED_ENDINGS = 8
 class Layout:
     """How windows are laid out in batches."""
 
-    batch_size: int
+    room: Room
     max_length: int
     device: torch.device
 
     def plain(self, windows: Sequence[Window]) -> LoglikelihoodPlan:
         return LoglikelihoodPlan(
-            windows, batch_size=self.batch_size, max_length=self.max_length, device=self.device
+            windows, room=self.room, max_length=self.max_length, device=self.device
         )
 
     def shared(self, windows: Sequence[Window], prefix: int | None = None) -> SharedContextPlan:
         return SharedContextPlan(
             windows,
-            batch_size=self.batch_size,
+            room=self.room,
             max_length=self.max_length,
             device=self.device,
             shared=prefix,
@@ -132,9 +133,9 @@ class _Task:
         expected = self._layout.plain(tried).run(model)
         try:
             found, _ = self._layout.shared(tried, self._plan.shared).run(model)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             return False  # a model that does not take another's keys and values
         allowed = 1e-3 if is_exact(model) else 0.05
         return all(

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evomerge.errors import NonFiniteModel
+from evomerge.scoring.room import Room
 
 Answer = tuple[float, bool]  # log-likelihood, and whether greedy search would say the same
+_Found = tuple[tuple[int, ...], list[float], list[bool]]  # windows, and their answers by parts
 
 
 @dataclass(frozen=True)
@@ -69,31 +71,44 @@ class LoglikelihoodPlan:
     """
 
     def __init__(
-        self, windows: Sequence[Window], *, batch_size: int, max_length: int, device: torch.device
+        self, windows: Sequence[Window], *, room: Room, max_length: int, device: torch.device
     ) -> None:
-        self._count = len(windows)
+        self._windows = windows
+        self._room = room
+        self._device = device
         rows = _rows(windows, max_length)
         longest = {key: max((windows[i] for i in shared), key=_reach) for key, shared in rows}
         rows.sort(key=lambda row: _sort_key(longest[row[0]]))
-        self._batches = [
-            _batch(rows[start : start + batch_size], windows, device)
-            for start in range(0, len(rows), batch_size)
-        ]
+        self._rows = rows
+        self._batches: dict[tuple[int, int], Batch] = {}
 
     def run(self, model: Any) -> list[Answer]:
-        """One answer for each window. Raises NonFiniteModel."""
-        answers = self.run_some(model, range(self._count))
-        return [answers[window] for window in range(self._count)]
+        """One answer for each window. Raises NonFiniteModel or OutOfMemory."""
+        answers = self.run_some(model, range(len(self._windows)))
+        return [answers[window] for window in range(len(self._windows))]
 
     def run_some(self, model: Any, wanted: Collection[int]) -> dict[int, Answer]:
         """Answers for the wanted windows and all that share a batch with one of them."""
         answers: dict[int, Answer] = {}
         slices_logits = accepts_logits_to_keep(model)
-        for batch in self._batches:
-            if any(w in wanted for segments in batch.segments for w in segments.windows):
-                for windows, sums, greedy in _run(batch, model, slices_logits):
-                    answers.update(zip(windows, zip(sums, greedy, strict=True), strict=True))
+
+        def run(start: int, batch_size: int) -> tuple[int, list[_Found]]:
+            stop = min(start + batch_size, len(self._rows))
+            if not any(w in wanted for _, shared in self._rows[start:stop] for w in shared):
+                return stop, []
+            return stop, list(_run(self._batch(start, stop), model, slices_logits))
+
+        for found in self._room.batches(len(self._rows), run):
+            for windows, sums, greedy in found:
+                answers.update(zip(windows, zip(sums, greedy, strict=True), strict=True))
         return answers
+
+    def _batch(self, start: int, stop: int) -> Batch:
+        """The batch of some rows, laid out when it is first needed."""
+        if (start, stop) not in self._batches:
+            rows = self._rows[start:stop]
+            self._batches[start, stop] = _batch(rows, self._windows, self._device)
+        return self._batches[start, stop]
 
 
 def accepts_logits_to_keep(model: Any) -> bool:
@@ -167,9 +182,7 @@ def _segments(
     )
 
 
-def _run(
-    batch: Batch, model: Any, slices_logits: bool
-) -> Iterator[tuple[tuple[int, ...], list[float], list[bool]]]:
+def _run(batch: Batch, model: Any, slices_logits: bool) -> Iterator[_Found]:
     if slices_logits:
         logits = model(batch.inputs, use_cache=False, logits_to_keep=batch.keep).logits
     else:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from evomerge.scoring.key_values import Segment, empty_cache, read_once, shared_cache
 from evomerge.scoring.loglikelihood import Answer, Window, accepts_logits_to_keep, check_finite
+from evomerge.scoring.room import Room
 
 # Rows of a pass for each one of the batch size: they are short, and what they share is expanded
 # for one layer at a time.
@@ -28,6 +29,7 @@ _EVEN = 0.85  # of the longest row's tokens
 NEAR = 1e-3
 
 Tokens = tuple[int, ...]
+_Found = tuple[int, float, bool, bool]  # window, log-likelihood, is greedy, nearly a tie
 
 
 @dataclass(frozen=True)
@@ -81,43 +83,50 @@ class SharedContextPlan:
         self,
         windows: Sequence[Window],
         *,
-        batch_size: int,
+        room: Room,
         max_length: int,
         device: torch.device,
         shared: int | None = None,
     ) -> None:
         self._windows = windows
         self._device = device
-        self._batch_size = batch_size
-        parts = [split(window, max_length) for window in windows]
-        self._budget = batch_size * max(len(context) + len(fed) for context, fed in parts)
+        self._room = room
+        self._parts = [split(window, max_length) for window in windows]
+        self._longest = max(len(context) + len(fed) for context, fed in self._parts)
         contexts: dict[Tokens, list[int]] = {}
-        for number, (context, _) in enumerate(parts):
+        for number, (context, _) in enumerate(self._parts):
             contexts.setdefault(context, []).append(number)
+        self._contexts = contexts
         self.shared = common_prefix(list(contexts)) if shared is None else shared
         self._prefix = torch.tensor([next(iter(contexts))[: self.shared]], device=device)
-        order = sorted(contexts, key=lambda context: (-len(context), context))
-        self._batches = [
-            self._batch(chosen, contexts, parts)
-            for chosen in self._chunks(order, [len(context) - self.shared for context in order])
-        ]
+        self._order = sorted(contexts, key=lambda context: (-len(context), context))
+        self._batches: dict[tuple[int, int], tuple[int, Batch]] = {}
 
     @property
     def reach(self) -> int:
         """The most keys, padding included, that a row of any pass attends to."""
-        return max(self._reach(one) for b in self._batches for one in (b.contexts, *b.endings))
+        start, reach = 0, 0
+        while start < len(self._order):
+            start, batch = self._prepared(start, self._room.batch_size)
+            reach = max(reach, *map(self._reach, (batch.contexts, *batch.endings)))
+        return reach
 
     def run(self, model: Any) -> tuple[list[Answer], set[int]]:
         """One answer for each window, and the windows whose being greedy is nearly a tie.
 
-        Raises NonFiniteModel.
+        Raises NonFiniteModel or OutOfMemory.
         """
         answers: list[Answer] = [(0.0, False)] * len(self._windows)
         doubtful: set[int] = set()
         runner = _Runner(model)
         before = [read_once(model, self._prefix)] if self.shared else []
-        for batch in self._batches:
-            for window, value, greedy, doubt in runner.batch(batch, before):
+
+        def run(start: int, batch_size: int) -> tuple[int, list[_Found]]:
+            stop, batch = self._prepared(start, batch_size)
+            return stop, list(runner.batch(batch, before))
+
+        for found in self._room.batches(len(self._order), run):
+            for window, value, greedy, doubt in found:
                 answers[window] = (value, greedy)
                 if doubt:
                     doubtful.add(window)
@@ -126,29 +135,30 @@ class SharedContextPlan:
     def _reach(self, one: Pass) -> int:
         return int((one.inputs if one.mask is None else one.mask).shape[1])
 
-    def _chunks(self, chosen: Sequence[Any], lengths: Sequence[int]) -> Iterator[Sequence[Any]]:
-        """Slices of what comes longest first, each within the rows and tokens of a pass.
+    def _prepared(self, start: int, batch_size: int) -> tuple[int, Batch]:
+        """Where the batch that begins there ends, and the batch, laid out when first needed."""
+        if (start, batch_size) not in self._batches:
+            stop = self._stop([len(c) - self.shared for c in self._order], start, batch_size)
+            batch = self._batch(self._order[start:stop], batch_size)
+            self._batches[start, batch_size] = stop, batch
+        return self._batches[start, batch_size]
 
-        A slice of at least `batch_size` rows ends where padding would become noticeable.
+    def _stop(self, lengths: Sequence[int], start: int, batch_size: int) -> int:
+        """Where a slice of what comes longest first ends, within the rows and tokens of a pass.
+
+        One of at least `batch_size` rows ends where padding would become noticeable.
         """
-        start = 0
-        while start < len(chosen):
-            longest = lengths[start]
-            most = max(1, min(_ROWS * self._batch_size, self._budget // longest))
-            stop = start + 1
-            while stop < min(start + most, len(chosen)) and (
-                stop - start < self._batch_size or lengths[stop] >= _EVEN * longest
-            ):
-                stop += 1
-            yield chosen[start:stop]
-            start = stop
+        longest = lengths[start]
+        most = max(1, min(_ROWS * batch_size, batch_size * self._longest // longest))
+        stop = start + 1
+        while stop < min(start + most, len(lengths)) and (
+            stop - start < batch_size or lengths[stop] >= _EVEN * longest
+        ):
+            stop += 1
+        return stop
 
-    def _batch(
-        self,
-        contexts: Sequence[Tokens],
-        windows: dict[Tokens, list[int]],
-        parts: Sequence[tuple[Tokens, Tokens]],
-    ) -> Batch:
+    def _batch(self, contexts: Sequence[Tokens], batch_size: int) -> Batch:
+        windows, parts = self._contexts, self._parts
         places: dict[int, list[int]] = {}
         wanted: list[tuple[int, int, int]] = []
         for row, context in enumerate(contexts):
@@ -163,7 +173,7 @@ class SharedContextPlan:
         first_pass = self._pass(rests, starts, wanted, seen)
         fed = [(row, parts[w][1], w) for row, c in enumerate(contexts) for w in windows[c]]
         endings = []
-        for chosen in self._ending_chunks(fed):
+        for chosen in self._ending_chunks(fed, batch_size):
             endings.append(self._ending_pass(chosen, contexts, places, count))
             count += len(endings[-1].tokens)
         length = max(map(len, places.values()))
@@ -172,14 +182,20 @@ class SharedContextPlan:
             first_pass, tuple(endings), tuple(places), torch.tensor(padded, device=self._device)
         )
 
-    def _ending_chunks(self, fed: Sequence[tuple[int, Tokens, int]]) -> list[Sequence[_Ending]]:
+    def _ending_chunks(
+        self, fed: Sequence[tuple[int, Tokens, int]], batch_size: int
+    ) -> Iterator[Sequence[_Ending]]:
         distinct: dict[tuple[int, Tokens], list[int]] = {}
         for row, tokens, window in fed:
             if tokens:
                 distinct.setdefault((row, tokens), []).append(window)
         endings = [_Ending(row, tokens, tuple(own)) for (row, tokens), own in distinct.items()]
         endings.sort(key=lambda ending: -len(ending.tokens))
-        return list(self._chunks(endings, [len(ending.tokens) for ending in endings]))
+        lengths, start = [len(ending.tokens) for ending in endings], 0
+        while start < len(endings):
+            stop = self._stop(lengths, start, batch_size)
+            yield endings[start:stop]
+            start = stop
 
     def _ending_pass(
         self,
@@ -253,7 +269,7 @@ class _Runner:
         self._model = model
         self._slices_logits = accepts_logits_to_keep(model)
 
-    def batch(self, batch: Batch, before: list[Segment]) -> Iterator[tuple[int, float, bool, bool]]:
+    def batch(self, batch: Batch, before: list[Segment]) -> Iterator[_Found]:
         """(window, log-likelihood, is greedy, nearly a tie) for each window of a batch."""
         cache = shared_cache(before) if before else empty_cache(self._model)
         found = [self._tokens(batch.contexts, cache)]
