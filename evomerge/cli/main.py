@@ -1,7 +1,8 @@
 """The `evomerge` command: puts the groups together and turns errors into one line and a code.
 
-Exit codes: 0 done, 2 the user's input, 1 ours, 130 interrupted (and resumable). A traceback comes
-with `-v` only. Imports neither torch nor ray: `evomerge status` answers at once.
+Exit codes: 0 done, 2 the user's input, 1 ours, 3 another process took the study over, 130
+interrupted (and resumable). A traceback comes with `-v` only. Imports neither torch nor ray:
+`evomerge status` answers at once.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 import typer
 
 import evomerge
-from evomerge.cli import adapters, demo, diff, merge, methods, read, run, service, space, zoo
-from evomerge.errors import EvomergeError, UserError
+from evomerge.cli import adapters, demo, diff, fit, merge, methods, read, run, service, space, zoo
+from evomerge.errors import EvomergeError, StudyTaken, UserError
 
-OK, OURS, USER = 0, 1, 2
+OK, OURS, USER, TAKEN = 0, 1, 2, 3
 _WORKER_PACKAGES = ("torch", "transformers", "lm_eval", "safetensors", "accelerate")
 
 app = typer.Typer(
@@ -46,7 +47,7 @@ def _options(
     pass
 
 
-for group in (demo, run, read, merge, methods, adapters, diff, space, zoo, service):
+for group in (demo, run, read, merge, fit, methods, adapters, diff, space, zoo, service):
     group.register(app)
 
 
@@ -70,6 +71,8 @@ def _explain(error: Exception) -> int:
     """Print one line that names the fault and the way out; the exit code it deserves."""
     if hasattr(error, "format_message"):  # what typer raises for a wrong command line
         return _explain_usage(error)
+    if isinstance(error, StudyTaken):
+        return _say(str(error), TAKEN)
     if isinstance(error, EvomergeError):
         return _say(str(error), USER if isinstance(error, UserError) else OURS)
     if isinstance(error, OSError) and error.filename:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import typer
 from rich.filesize import decimal
 
 from evomerge.cli.bars import byte_bar
+from evomerge.cli.fit import Device, fit_recipe
 from evomerge.cli.options import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -38,18 +39,41 @@ def merge(
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest weight file: bytes, or 500MB, 5GB, 2GiB.")
     ] = _SHARD_SIZE,
+    artifact: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="What a fit learned; made first if the recipe has `calibration`."
+        ),
+    ] = None,
+    device: Device = "auto",
     json: AsJson = False,
 ) -> None:
-    """Merge once, without a search, and write an ordinary checkpoint."""
+    """Merge once, without a search, and write an ordinary checkpoint.
+
+    What a recipe with `calibration` learns from data is left in OUT_DIR.artifact, or where
+    --artifact says; if it is there already it is applied.
+    """
+    from evomerge.calibration.request import wants_fit
+    from evomerge.merging.aside import check_free
+    from evomerge.merging.recipe import ModelRef
     from evomerge.merging.recipe_file import load_recipe
 
     largest = size_in_bytes(shard_size)
+    known = load_recipe(recipe)
+    fits = wants_fit(recipe)
+    if artifact is None and directory is not None and fits:
+        artifact = directory.with_name(f"{directory.name}.artifact")
+    if artifact is not None:
+        known = replace(known, artifact=ModelRef(str(artifact)))
     if plan:
-        _show_plan(load_recipe(recipe), largest, json=json)
+        _show_plan(known, largest, json=json)
     elif directory is None:
         raise typer.BadParameter("give a folder for the result, or --plan", param_hint="OUT_DIR")
     else:
-        export_recipe(load_recipe(recipe), directory, shard_bytes=largest)
+        check_free(directory)
+        if artifact is not None and fits:
+            fit_recipe(recipe, artifact, device=device)
+        export_recipe(known, directory, shard_bytes=largest)
 
 
 def export_recipe(recipe: Recipe, directory: Path, *, shard_bytes: int | None = None) -> None:

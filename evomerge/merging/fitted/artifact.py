@@ -51,8 +51,16 @@ class Provenance:
     @property
     def purpose(self) -> str:
         """Two fits of one purpose compute the same, so that one may go on with the other's work."""
-        known = {k: v for k, v in self.__dict__.items() if k != "described"}
-        return json.dumps({"version": _VERSION, **known}, sort_keys=True)
+        return json.dumps({"version": _VERSION, **self._known}, sort_keys=True)
+
+    def differences(self, other: Provenance) -> list[str]:
+        """What the two were fitted on that is not the same."""
+        theirs = other._known
+        return [key for key, value in self._known.items() if value != theirs[key]]
+
+    @property
+    def _known(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "described"}
 
 
 class Artifact:
@@ -194,6 +202,5 @@ def draft(directory: Path, provenance: Provenance, needed_bytes: int = 0) -> Ite
 
 
 def _digest(provenance: Provenance, facts: Mapping[str, Any], tensors: Mapping[str, str]) -> str:
-    known = {"facts": facts, **{k: v for k, v in provenance.__dict__.items() if k != "described"}}
-    text = json.dumps(known, sort_keys=True, separators=(",", ":"))
+    text = json.dumps([provenance.purpose, facts], sort_keys=True, separators=(",", ":"))
     return combine(hashlib.sha256(text.encode()).digest(), tensors)

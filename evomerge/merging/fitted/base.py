@@ -102,7 +102,13 @@ def fit(
 
     Raises ExportError where the folder is taken, UserError for data or models that do not do.
     """
-    provenance = Provenance(
+    with draft(directory, provenance(fitter, problem, settings)) as work:
+        fitter.fit(problem, settings, work, watch or Watch())
+
+
+def provenance(fitter: Fitter, problem: Problem, settings: Settings) -> Provenance:
+    """What the artifact of a fit is made from."""
+    return Provenance(
         kind=fitter.name,
         base=problem.digests[problem.base.path] if problem.base else None,
         sources={n: problem.digests[model.path] for n, model in problem.sources.items()},
@@ -112,8 +118,6 @@ def fit(
         settings=settings.model_dump(mode="json"),
         seed=problem.seed,
     )
-    with draft(directory, provenance) as work:
-        fitter.fit(problem, settings, work, watch or Watch())
 
 
 def merged_names(problem: Problem) -> tuple[str, ...]:
