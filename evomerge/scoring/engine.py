@@ -49,6 +49,7 @@ class Engine:
 
     def set_batch_size(self, batch_size: int) -> None:
         """Take this batch size for every program prepared from now on."""
+        self.lm.batch_size_per_gpu = batch_size
         self.room = Room(batch_size, self.model)
 
     def prepare(self, instances: Sequence[Any]) -> Program:
@@ -214,40 +215,26 @@ class Program:
             self._written.append((plan, list(prompts.values())))
 
     def _run_others(self, replies: list[Reply]) -> None:
-        """What the prepared batches do not cover, by lm-eval's HFLM, repeats and all."""
+        """What the prepared batches do not cover, by lm-eval's HFLM, repeats and all.
+
+        Always at the batch size asked for: beams and samples depend on it.
+        """
         for requests in self._others.values():
             instances = [self._instances[request] for request in requests]
             repeated = [instance for instance in instances for _ in range(instance.repeats or 1)]
-            answers = iter(self._asked(repeated))
+            seed_everything()
+            with silence(), finite_logits(self._engine.model):
+                answers = iter(
+                    getattr(self._engine.lm, instances[0].request_type)(repeated, disable_tqdm=True)
+                )
             for request, instance in zip(requests, instances, strict=True):
                 replies[request] = Repeated(next(answers) for _ in range(instance.repeats or 1))
-
-    def _asked(self, instances: list[Any]) -> list[Any]:
-        """HFLM's answers, all at once: what it finished before memory ran out it does not say."""
-        engine = self._engine
-
-        def ask(start: int, batch_size: int) -> tuple[int, list[Any]]:
-            engine.lm.batch_size_per_gpu = batch_size
-            seed_everything()
-            with silence(), finite_logits(engine.model):
-                answers = getattr(engine.lm, instances[0].request_type)
-                return len(instances), list(answers(instances, disable_tqdm=True))
-
-        if _is_sampled(instances[0]):  # what is drawn depends on the batch
-            return ask(0, engine.room.asked)[1]
-        (answers,) = engine.room.batches(len(instances), ask)
-        return answers
 
 
 class Repeated(tuple[Any, ...]):
     """The replies to a request that was asked several times, not all of them the same."""
 
     __slots__ = ()
-
-
-def _is_sampled(instance: Any) -> bool:
-    options = instance.args[1] if instance.request_type == "generate_until" else {}
-    return bool(options.get("do_sample") or options.get("temperature"))
 
 
 def _kind(instance: Any) -> str:
@@ -267,7 +254,7 @@ def finite_logits(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_memory_named(model: Any) -> Iterator[None]:
-    """Turn running out of memory where no smaller batch would do into OutOfMemory."""
+    """Turn running out of memory where no smaller batch was tried into OutOfMemory."""
     with out_of_memory() as reasons:
         yield
     if reasons:
