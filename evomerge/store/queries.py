@@ -18,23 +18,26 @@ from evomerge.store.rows import (
     ATTEMPT,
     CONTROLLER,
     OUTCOMES,
+    OUTLINE,
     SCORE,
     TRIAL,
     controller_from,
+    outlines_from,
     score_columns,
     trials_from,
 )
 from evomerge.store.tables import attempts, marks, refusals, scores, studies, trials
 from evomerge.trial import Part, Score, State, Trial
 
+_ATTEMPTS = attempts  # a parameter has the table's name
 RUNNING, WAITING = State.RUNNING.value, State.WAITING.value
 COMPLETE, FAIL = State.COMPLETE.value, State.FAIL.value
 
 # what every trial needs is put together once: that costs more than to send it
-LOCK = (
+_LOCK = (
     sa.select(studies.c.id, studies.c.controller_token)
     .where(studies.c.name == sa.bindparam("study"))
-    .with_for_update()
+    .with_for_update(key_share=True)
 )
 _THIS_TRIAL = (trials.c.study_id == sa.bindparam("of"), trials.c.number == sa.bindparam("this"))
 MARK_TOLD = trials.update().where(*_THIS_TRIAL).values(tell_order=sa.bindparam("place"))
@@ -49,18 +52,19 @@ _CLOSE_ATTEMPT = (
     .returning(attempts.c.trial, attempts.c.part)
 )
 _THIS_ATTEMPT = (
-    attempts.c.study_id == trials.c.study_id,
-    attempts.c.trial == trials.c.number,
+    attempts.c.study_id == sa.bindparam("of"),
+    attempts.c.trial == sa.bindparam("this"),
     attempts.c.part == sa.bindparam("part"),
 )
 _THIS_SCORE = (
-    scores.c.study_id == trials.c.study_id,
-    scores.c.trial == trials.c.number,
+    scores.c.study_id == sa.bindparam("of"),
+    scores.c.trial == sa.bindparam("this"),
     scores.c.part == sa.bindparam("part"),
 )
+_EARLIER = sa.select(sa.func.count()).select_from(attempts).where(*_THIS_ATTEMPT).scalar_subquery()
 _STARTABLE = sa.select(
     trials.c.state,
-    sa.select(sa.func.count()).select_from(attempts).where(*_THIS_ATTEMPT).scalar_subquery(),
+    _EARLIER,
     sa.exists().where(*_THIS_ATTEMPT, attempts.c.state == RUNNING),
     sa.exists().where(*_THIS_SCORE),
 ).where(*_THIS_TRIAL)
@@ -68,6 +72,25 @@ _REPLACE_MARK = (
     marks.update()
     .where(marks.c.study_id == sa.bindparam("of"), marks.c.mark == sa.bindparam("last"))
     .values(mark=sa.bindparam("new"))
+)
+_CONTROLLED = sa.select(studies.c.id).where(
+    studies.c.name == sa.bindparam("study"),
+    studies.c.controller_token == sa.bindparam("controller"),
+)
+_TAKE_ON = (
+    marks.update()
+    .where(marks.c.study_id == _CONTROLLED.scalar_subquery())
+    .where(marks.c.mark == sa.bindparam("last"))
+    .values(mark=sa.bindparam("new"))
+    .returning(marks.c.study_id)
+)
+_START = (
+    trials.update()
+    .where(*_THIS_TRIAL, trials.c.state == WAITING)
+    .where(~sa.exists().where(*_THIS_ATTEMPT, attempts.c.state == RUNNING))
+    .where(~sa.exists().where(*_THIS_SCORE))
+    .values(state=RUNNING)
+    .returning(_EARLIER)
 )
 
 
@@ -118,6 +141,17 @@ def check_startable(
     return int(earlier)
 
 
+def start_trial(
+    connection: sa.Connection, study: str, study_id: int, number: int, part: Part
+) -> int:
+    """Compare and set: the trial runs if a part of it may be started; how many attempts it had."""
+    if part == "search":
+        row = connection.execute(_START, {"of": study_id, "this": number, "part": part}).first()
+        if row is not None:
+            return int(row[0])
+    return check_startable(connection, study, study_id, number, part)
+
+
 def close_attempt(
     connection: sa.Connection, study: str, study_id: int, token: str, values: Mapping[str, Any]
 ) -> tuple[int, Part]:
@@ -128,18 +162,51 @@ def close_attempt(
     return row[0], row[1]
 
 
-def leave_mark(connection: sa.Connection, study_id: int, mark: str, last: str | None) -> bool:
-    """Record which write to the study was the last; False if the one before was not `last`.
+def lock(connection: sa.Connection, study: str) -> tuple[int, str | None]:
+    """Hold the study's row: its id and its controller's token."""
+    row = connection.execute(_LOCK, {"study": study}).first()
+    if row is None:
+        raise rules.study_not_found(study)
+    return row[0], row[1]
 
-    With None for `last` any will do.
+
+def take(
+    connection: sa.Connection, study: str, controller: str, last: str | None, mark: str
+) -> int:
+    """Hold the study's row for its controller and leave a mark; the study's id."""
+    study_id, recorded = lock(connection, study)
+    rules.check_fence(study, recorded, controller)
+    leave_mark(connection, study, study_id, last, mark)
+    return study_id
+
+
+def take_on(
+    connection: sa.Connection, study: str, controller: str, last: str | None, mark: str
+) -> int:
+    """The same in one statement and without the study's row, which must not be changed then."""
+    if last is not None:
+        row = {"study": study, "controller": controller, "last": last, "new": mark}
+        study_id = connection.execute(_TAKE_ON, row).scalar()
+        if study_id is not None:
+            return int(study_id)
+    return take(connection, study, controller, last, mark)  # which knows what is wrong, if anything
+
+
+def leave_mark(
+    connection: sa.Connection, study: str, study_id: int, last: str | None, mark: str
+) -> None:
+    """Record which write to the study was the last, and hold that record.
+
+    Raises StoreError if the one before was not `last`; with None for it any will do.
     """
     if last is not None:
         replaced = connection.execute(_REPLACE_MARK, {"of": study_id, "last": last, "new": mark})
-        return bool(replaced.rowcount)
+        if not replaced.rowcount:
+            raise rules.not_as_left(study)
+        return
     update = marks.update().where(marks.c.study_id == study_id).values(mark=mark)
     if not connection.execute(update).rowcount:
         connection.execute(marks.insert(), {"study_id": study_id, "mark": mark})
-    return True
 
 
 def count_refusal(connection: sa.Connection, study_id: int, kind: Refusal) -> None:
@@ -193,6 +260,23 @@ def read_trials(
         connection.execute(trial_query.order_by(trials.c.number)),
         connection.execute(attempt_query.order_by(attempts.c.id)),
         connection.execute(score_query.order_by(scores.c.trial, scores.c.task)),
+    )
+
+
+def read_outlines(
+    connection: sa.Connection, study_id: int, numbers: range, *, attempts: bool
+) -> list[Trial]:
+    """Trials of a range without genomes, recipes and what is in their scores."""
+    trial_query = sa.select(*OUTLINE).where(trials.c.study_id == study_id)
+    trial_query = trial_query.where(*_within(trials.c.number, numbers))
+    attempt_query = sa.select(*ATTEMPT).where(_ATTEMPTS.c.study_id == study_id)
+    attempt_query = attempt_query.where(*_within(_ATTEMPTS.c.trial, numbers))
+    part_query = sa.select(scores.c.trial, scores.c.part).where(scores.c.study_id == study_id)
+    part_query = part_query.where(*_within(scores.c.trial, numbers))
+    return outlines_from(
+        connection.execute(trial_query.order_by(trials.c.number)),
+        connection.execute(attempt_query.order_by(_ATTEMPTS.c.id)) if attempts else (),
+        connection.execute(part_query.distinct()),
     )
 
 

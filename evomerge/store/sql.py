@@ -1,11 +1,11 @@
 """The study store in an SQL database: SQLite on one machine, PostgreSQL for several.
 
-Each write opens one transaction and first locks and reads the study's row: there the controller's
-token is compared, and there all writes to one study queue up. Last it leaves a mark of its own: so
-it is known after a broken connection whether the commit came through, and noticed when a study was
-put back to a backup under a live controller. Every method rides out a server that restarts. Knows
-nothing of connections'
-settings (`engine`), of the schema's history (`migrations`) or of Optuna (`mirror`).
+Each write opens one transaction and first puts a mark of its own in place of the last one, if the
+controller that writes still has the study: there all writes to one study queue up. By the mark it
+is known after a broken connection whether the commit came through, and noticed when a study was put
+back to a backup under a live controller. Who changes the study's row holds that first, then the
+mark. Every method rides out a server that restarts. Knows nothing of connections' settings
+(`engine`), of the schema's history (`migrations`) or of Optuna (`mirror`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from evomerge.store.claims import SqlClaims
 from evomerge.store.engine import LOCK_WAIT_S, CommitUnknown, make_engine, transaction
 from evomerge.store.migrations import prepare
 from evomerge.store.queries import (
-    LOCK,
     MARK_TOLD,
     check_startable,
     close_attempt,
@@ -37,11 +36,16 @@ from evomerge.store.queries import (
     count_refusal,
     holder,
     leave_mark,
+    lock,
+    read_outlines,
     read_tells,
     read_trials,
     record_score,
     set_study,
     set_trial,
+    start_trial,
+    take,
+    take_on,
     tell_orders,
 )
 from evomerge.store.reconnecting import RECONNECT_S, reconnecting
@@ -122,14 +126,16 @@ class SqlStore(SqlClaims):
         *,
         controller: str,
     ) -> None:
-        with self._writing(study, controller) as (connection, study_id):
+        with self._changing(study, controller) as (connection, study_id):
             set_study(connection, study_id, {"spec": spec, "inspection": inspection})
 
     @reconnecting
     def acquire(
         self, study: str, controller: Controller, *, now: datetime, force: bool = False
     ) -> None:
-        with self._locking(study, anew=True) as (connection, study_id, _):
+        with self._marking(study) as (connection, _, mark):
+            study_id, _ = lock(connection, study)
+            leave_mark(connection, study, study_id, None, mark)
             if not force:
                 rules.check_free(study, holder(connection, study_id), controller.token, now)
             set_study(connection, study_id, controller_columns(controller))
@@ -137,12 +143,12 @@ class SqlStore(SqlClaims):
 
     @reconnecting
     def renew(self, study: str, controller: str, *, lease_until: datetime) -> None:
-        with self._writing(study, controller) as (connection, study_id):
+        with self._changing(study, controller) as (connection, study_id):
             set_study(connection, study_id, {"controller_lease_until": lease_until})
 
     @reconnecting
     def release(self, study: str, controller: str) -> None:
-        with self._writing(study, controller) as (connection, study_id):
+        with self._changing(study, controller) as (connection, study_id):
             set_study(connection, study_id, {column.name: None for column in CONTROLLER})
 
     @reconnecting
@@ -166,6 +172,11 @@ class SqlStore(SqlClaims):
     ) -> Sequence[Trial]:
         with self._reading(study) as (connection, study_id):
             return read_trials(connection, study_id, numbers, outcomes=outcomes)
+
+    @reconnecting
+    def outlines(self, study: str, *, numbers: range, attempts: bool = False) -> Sequence[Trial]:
+        with self._reading(study) as (connection, study_id):
+            return read_outlines(connection, study_id, numbers, attempts=attempts)
 
     @reconnecting
     def told(self, study: str, *, after: int = -1, limit: int) -> Sequence[Tell]:
@@ -195,7 +206,7 @@ class SqlStore(SqlClaims):
     ) -> Attempt:
         try:
             with self._writing(study, controller) as (connection, study_id):
-                earlier = check_startable(connection, study, study_id, number, part)
+                earlier = start_trial(connection, study, study_id, number, part)
                 row: dict[str, Any] = {
                     "trial": number,
                     "part": part,
@@ -208,8 +219,6 @@ class SqlStore(SqlClaims):
                     "seconds": {},
                 }
                 connection.execute(attempts.insert(), {"study_id": study_id, **row})
-                if part == "search":
-                    set_trial(connection, study_id, number, {"state": RUNNING})
         except IntegrityError:
             raise rules.token_used(study, token) from None
         return Attempt(**{**row, "state": State.RUNNING})
@@ -355,18 +364,20 @@ class SqlStore(SqlClaims):
 
     @contextmanager
     def _writing(self, study: str, controller: str) -> Iterator[tuple[sa.Connection, int]]:
-        """A transaction that holds the study's row and has checked who writes."""
-        with self._locking(study) as (connection, study_id, recorded):
-            rules.check_fence(study, recorded, controller)
-            yield connection, study_id
+        """A transaction that has the study's trials to itself and has checked who writes."""
+        with self._marking(study) as (connection, last, mark):
+            yield connection, take_on(connection, study, controller, last, mark)
 
     @contextmanager
-    def _locking(
-        self, study: str, *, anew: bool = False
-    ) -> Iterator[tuple[sa.Connection, int, str | None]]:
-        """A transaction that holds the study's row: its id and its controller's token.
+    def _changing(self, study: str, controller: str) -> Iterator[tuple[sa.Connection, int]]:
+        """The same, for a change of the study's row."""
+        with self._marking(study) as (connection, last, mark):
+            yield connection, take(connection, study, controller, last, mark)
 
-        Raises StoreError if the study is not as this store's last write left it, unless `anew`.
+    @contextmanager
+    def _marking(self, study: str) -> Iterator[tuple[sa.Connection, str | None, str]]:
+        """A transaction, the mark that this store's last write left, and the one to leave.
+
         Where the connection breaks in the commit, whether that came through decides between a
         quiet end and StoreUnreachable.
         """
@@ -374,13 +385,7 @@ class SqlStore(SqlClaims):
         with self._last[study].lock:
             try:
                 with transaction(self.engine, write=True) as connection:
-                    row = connection.execute(LOCK, {"study": study}).first()
-                    if row is None:
-                        raise rules.study_not_found(study)
-                    yield connection, row[0], row[1]
-                    last = None if anew else self._last[study].mark
-                    if not leave_mark(connection, row[0], mark, last):
-                        raise rules.not_as_left(study)
+                    yield connection, self._last[study].mark, mark
             except CommitUnknown as error:
                 if not self._has_mark(study, mark):
                     raise StoreUnreachable(str(error)) from error
@@ -388,13 +393,12 @@ class SqlStore(SqlClaims):
 
     @reconnecting
     def _has_mark(self, study: str, mark: str) -> bool:
-        # waits for the row: a commit whose client is gone may still be under way
-        query = sa.select(studies.c.id).where(studies.c.name == study).with_for_update()
         try:
             with transaction(self.engine, write=True) as connection:
-                study_id = connection.execute(query).scalar()
+                study_id, _ = lock(connection, study)
+                # waits for the row: a commit whose client is gone may still be under way
                 last = sa.select(marks.c.mark).where(marks.c.study_id == study_id)
-                return connection.execute(last).scalar() == mark
+                return connection.execute(last.with_for_update()).scalar() == mark
         except CommitUnknown as error:  # of a transaction that wrote nothing
             raise StoreUnreachable(str(error)) from error
 

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from evomerge.errors import StoreError, StoreLocked, StudyBusy
-from evomerge.store import open_store
+from evomerge.store import open_store, sql
 from evomerge.store.base import StudyStore
 from evomerge.store.engine import _use_wal
 from evomerge.store.sql import SqlStore
@@ -309,3 +310,44 @@ def test_a_reader_is_not_held_up_by_a_writer(url: str, store: SqlStore) -> None:
         writer.exec_driver_sql("UPDATE evomerge_trials SET label = 'half done'")
         assert SqlStore(url, lock_wait_s=0.05).trial("s", 0).label == "trial 0"
         writer.get_transaction().rollback()  # type: ignore[union-attr]
+
+
+def _blocked(url: str) -> bool:
+    with sa.create_engine(url).connect() as connection:
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        return bool(connection.exec_driver_sql(waiting).scalar())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_who_takes_a_study_over_waits_for_the_write_under_way_and_sees_it(
+    postgres_url: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = SqlStore(postgres_url), SqlStore(postgres_url)
+    study = StudyUnderTest(ours)
+    start_trial, takers = sql.start_trial, []
+
+    def interrupted(*arguments: Any) -> int:
+        taker = threading.Thread(
+            target=lambda: theirs.acquire("s", holder("c2"), now=NOW, force=True)
+        )
+        taker.start()
+        takers.append(taker)
+        while not _blocked(postgres_url):
+            assert taker.is_alive()
+        if not keep:
+            raise KeyboardInterrupt
+        return start_trial(*arguments)
+
+    monkeypatch.setattr(sql, "start_trial", interrupted)
+    if keep:
+        study.start()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            study.start()
+    takers[0].join()
+    trial = study.trial()
+    assert (trial.state, [a.state for a in trial.attempts]) == (State.WAITING, [State.FAIL] * keep)
+    with pytest.raises(StudyBusy):
+        study.finish()
+    ours.close()
+    theirs.close()
