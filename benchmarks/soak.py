@@ -1,15 +1,21 @@
-"""SIGKILL to controllers and workers at random, real processes, until so many have died.
+"""SIGKILL at random to controllers, workers and the database, real processes, until enough died.
 
-    python benchmarks/soak.py [--kills 100] [--seed 0] [--store URL]
+    python benchmarks/soak.py [--kills 100] [--seed 0] [--trials 60] [--postgres]
 
 A study of a fast scorer runs again and again from where it was killed; when one ends the next one
-starts. Each must end with the very trial table of an uninterrupted run in memory, nothing evaluated
-to the end twice, nothing told twice. Prints one line for each study; exit code 1 if one differs.
+starts, each under the next of the three schedules, and no fewer than one under each. In order
+(generational, pipelined) each must end with the very trial table of an uninterrupted run in memory.
+Asynchronous, every genome must be proposed again from the recorded tells, after each death of a
+controller and at the end, and no tell or genome that was recorded may change. Every trial is
+evaluated to the end once, told once, and has its recipe's score. The store is SQLite in a temporary
+folder, or a PostgreSQL server of its own whose postmaster is killed too. Prints one line for each
+study; exit code 1 if one differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -17,41 +23,50 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from evomerge.errors import WorkerLost
+from evomerge.errors import StudyNotFound, WorkerLost
 from evomerge.merging.recipe import Recipe
 from evomerge.service import local, local_worker
 from evomerge.service.study import build_controller, controlling, open_study
 from evomerge.spec import StudySpec
 from evomerge.store import open_store
 from evomerge.store.base import StudyStore
+from evomerge.testing.replay import in_order_told, proposed_again
 from evomerge.testing.synthetic import (
+    Row,
     SyntheticExecutor,
     synthetic_inspection,
     synthetic_score,
     synthetic_spec,
     table,
 )
-from evomerge.trial import State
+from evomerge.trial import State, Trial
 
-TRIALS, WORKERS = 60, 3
+if TYPE_CHECKING:
+    from postgres_server import Postgres
+
+WORKERS = 3
+SCHEDULES = ("generational", "pipelined", "asynchronous")
 CONTROLLERS_SHARE = 0.4  # of all kills; the others strike workers
-EARLY_SHARE = 0.1  # of all kills may strike before there is a worker
+SERVERS_SHARE = 0.15  # of the kills while workers run, where the database is a server of ours
+EARLY_SHARE = 0.2  # of all kills may strike before an attempt starts
 AGAIN = 75  # a controller's exit code when the worker that checked the spec was killed
-LONGEST_S = 1.5  # between two kills, from when there are workers
+LONGEST_S = 1.0  # between two kills, from when an attempt starts
 
 
-def spec_of(study: int) -> StudySpec:
+def spec_of(study: int, trials: int) -> StudySpec:
     """Study number `study`: no trial is ever given up, however often its workers are killed."""
+    schedule = SCHEDULES[study % len(SCHEDULES)]
     return synthetic_spec(
         name=f"soak-{study}",
-        budget={"trials": TRIALS, "finalists": 3},
-        sampler={"name": "cmaes", "population": 6, "seed": study},
+        budget={"trials": trials, "finalists": 3},
+        sampler={"name": "cmaes", "population": 6, "seed": study, "schedule": schedule},
         workers={"count": WORKERS, "max_attempts": 1_000_000},
     )
 
@@ -84,10 +99,10 @@ def be_worker(parent: str) -> None:
     local_worker.main()
 
 
-def be_controller(url: str, study: int) -> None:
+def be_controller(url: str, study: int, trials: int) -> None:
     """Create or resume the study and run it to its end."""
     local._COMMAND = (sys.executable, __file__, "worker")  # type: ignore[assignment]
-    spec, store = spec_of(study), open_store(url)
+    spec, store = spec_of(study, trials), open_store(url)
     executor = local.LocalExecutor(spec.workers)
     try:
         record = open_study(spec, store, executor)
@@ -101,22 +116,27 @@ def be_controller(url: str, study: int) -> None:
 class Soak:
     """Controllers one after another, and what kills them."""
 
-    def __init__(self, url: str, seed: int) -> None:
-        self._url = url
+    def __init__(self, url: str, seed: int, trials: int, server: Postgres | None) -> None:
+        self._url, self._trials, self._server = url, trials, server
         self._random = random.Random(seed)
         self._popen: subprocess.Popen[bytes] | None = None
-        self.kills = {"controller": 0, "worker": 0}
+        self.kills = {"controller": 0, "worker": 0, "server": 0}
 
-    def run(self, study: int, kills: int) -> None:
-        """One study to its end; kills on the way until there were so many in all."""
+    @property
+    def killed(self) -> int:
+        """How many processes were killed in all."""
+        return sum(self.kills.values())
+
+    def run(self, study: int, kills: int, watched: Watched) -> None:
+        """One study to its end; kills on the way until there were `kills` in all."""
         while self._start(study) is None:
-            if sum(self.kills.values()) >= kills:
+            if self.killed >= kills:
                 self._wait()
             else:
                 if self._random.random() > EARLY_SHARE:
-                    self._await_workers()
+                    self._await_attempt(watched)
                 time.sleep(self._random.uniform(0, LONGEST_S))
-                self._kill()
+                self._kill(watched)
 
     def _start(self, study: int) -> int | None:
         """See that a controller runs; its exit code if it came to the end by itself."""
@@ -127,17 +147,18 @@ class Soak:
             return 0
         if self._popen is not None and self._popen.returncode not in (-signal.SIGKILL, AGAIN):
             raise SystemExit(f"the controller failed with exit code {self._popen.returncode}")
-        command = [sys.executable, __file__, "controller", self._url, str(study)]
-        self._popen = subprocess.Popen(command)
+        which = (self._url, str(study), str(self._trials))
+        self._popen = subprocess.Popen([sys.executable, __file__, "controller", *which])
         return None
 
     def _wait(self) -> None:
         assert self._popen is not None
         self._popen.wait()
 
-    def _await_workers(self) -> None:
+    def _await_attempt(self, watched: Watched) -> None:
         assert self._popen is not None
-        while self._popen.poll() is None and not self._workers():
+        before = watched.attempts()
+        while self._popen.poll() is None and watched.attempts() == before:
             time.sleep(0.05)
 
     def _workers(self) -> list[psutil.Process]:
@@ -147,16 +168,23 @@ class Soak:
         except psutil.NoSuchProcess:
             return []
 
-    def _kill(self) -> None:
+    def _kill(self, watched: Watched) -> None:
         assert self._popen is not None
         workers = self._workers()
-        if workers and self._random.random() > CONTROLLERS_SHARE:
+        server_next = not self.kills["server"] or self._random.random() < SERVERS_SHARE
+        if workers and self._server and server_next:
+            self._server.kill()
+            time.sleep(self._random.uniform(0, LONGEST_S))
+            self._server.start()
+            self.kills["server"] += 1
+        elif workers and self._random.random() > CONTROLLERS_SHARE:
             self.kills["worker"] += _killed(self._random.choice(workers))
         elif self._popen.poll() is None:
             self._popen.kill()
             self._popen.wait()
             self.kills["controller"] += self._popen.returncode < 0
             psutil.wait_procs(workers, timeout=60)
+            watched.look()
 
 
 def _killed(process: psutil.Process) -> bool:
@@ -167,55 +195,135 @@ def _killed(process: psutil.Process) -> bool:
     return True
 
 
-def differences(store: StudyStore, study: int) -> list[str]:
-    """What is wrong with a study that was killed and ended."""
-    spec, alone = spec_of(study), open_store("memory://")
-    executor = SyntheticExecutor(WORKERS)
-    record = open_study(spec, alone, executor)
-    with controlling(record, alone) as token:
-        build_controller(record, alone, executor, token).run()
-    trials = store.trials(spec.name)
-    attempts = [attempt for trial in trials for attempt in trial.attempts]
-    complete = [(a.trial, a.part) for a in attempts if a.state is State.COMPLETE]
-    told = [t.tell_order for t in trials if t.kind == "search"]
-    found = {
-        "the table is not the uninterrupted run's": table(trials) != table(alone.trials(spec.name)),
-        "an evaluation is there twice": len(complete) != len(set(complete)),
-        "tells are missing or double": sorted(n for n in told if n is not None)
-        != list(range(len(told))),
-        "an attempt is open": any(a.state is State.RUNNING for a in attempts),
-        "results were refused": store.refusals(spec.name) != {},
-    }
-    return [words for words, is_so in found.items() if is_so]
+class Watched:
+    """A study of the soak as it lies in the store: what was there before, and what is wrong."""
+
+    def __init__(self, store: StudyStore, spec: StudySpec) -> None:
+        self._store, self._spec = store, spec
+        self._genomes: list[object] = []
+        self._told: list[int] = []
+        self.looks = 0
+        self.wrong: set[str] = set()
+
+    def attempts(self) -> int:
+        """How many were started so far."""
+        try:
+            trials = self._store.trials(self._spec.name, outcomes=False)
+        except StudyNotFound:
+            return 0
+        return sum(len(trial.attempts) for trial in trials)
+
+    def look(self) -> None:
+        """Compare the record with what it was, and with what is proposed again from it."""
+        try:
+            trials = _searched(self._store.trials(self._spec.name, outcomes=False))
+        except StudyNotFound:
+            return
+        self.looks += 1
+        genomes = [trial.genome for trial in trials]
+        told = [trial.number for trial in in_order_told(trials)]
+        self._note("a genome has changed", genomes[: len(self._genomes)] != self._genomes)
+        self._note("a tell has changed", told[: len(self._told)] != self._told)
+        if self._spec.sampler.schedule == "asynchronous" and trials:
+            again = proposed_again(self._spec, trials)
+            self._note("the record is not what a replay proposes", again != genomes)
+        self._genomes, self._told = genomes, told
+
+    def end(self) -> tuple[int, int]:
+        """Compare the finished study with what must come of it: trials, attempts cut off."""
+        self.look()
+        name, spec = self._spec.name, self._spec
+        trials = self._store.trials(name)
+        attempts = [attempt for trial in trials for attempt in trial.attempts]
+        complete = [(a.trial, a.part) for a in attempts if a.state is State.COMPLETE]
+        scored = [(t.number, part) for t in trials for part in t.scores]
+        self._note("an evaluation is there twice", len(complete) != len(set(complete)))
+        self._note("a score is there without its evaluation", not {*complete} <= {*scored})
+        self._note("tells are missing", len(self._told) != spec.budget.trials)
+        self._note("an attempt is open", any(a.state is State.RUNNING for a in attempts))
+        self._note("results were refused", self._store.refusals(name) != {})
+        self._note("a score is not its recipe's", any(map(self._is_wrong, trials)))
+        if spec.sampler.schedule != "asynchronous":
+            same = table(trials) == _uninterrupted(spec)
+            self._note("the table is not the uninterrupted run's", not same)
+        return len(trials), sum(a.state is State.FAIL for a in attempts)
+
+    def _is_wrong(self, trial: Trial) -> bool:
+        recipe, tasks = Recipe.from_json(trial.recipe), [t.task for t in self._spec.objective.tasks]
+        return not trial.scores or any(
+            score != synthetic_score(recipe, part, tasks) for part, score in trial.scores.items()
+        )
+
+    def _note(self, words: str, is_so: bool) -> None:
+        if is_so:
+            self.wrong.add(words)
+
+
+def _searched(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.kind == "search"]
+
+
+def _uninterrupted(spec: StudySpec) -> list[Row]:
+    store, executor = open_store("memory://"), SyntheticExecutor(WORKERS)
+    record = open_study(spec, store, executor)
+    with controlling(record, store) as token:
+        build_controller(record, store, executor, token).run()
+    return table(store.trials(spec.name))
 
 
 def main() -> int:
     """Run the soak; 1 if a study differs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", default=None, help="a store URL; SQLite in a temporary folder")
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--postgres", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        url = options.store or f"sqlite:///{Path(folder) / 'soak.db'}"
-        soak, wrong, study = Soak(url, options.seed), [], 0
-        while not study or sum(soak.kills.values()) < options.kills:
-            soak.run(study, options.kills)
-            store = open_store(url)
-            wrong = differences(store, study)
-            trials = store.trials(f"soak-{study}", outcomes=False)
-            lost = sum(a.state is State.FAIL for t in trials for a in t.attempts)
-            verdict = "; ".join(wrong) or "equal to the uninterrupted run"
-            print(
-                f"soak-{study}: {len(trials)} trials, {lost} attempts cut off; so far killed: "
-                f"{soak.kills['controller']} controllers, {soak.kills['worker']} workers; "
-                f"{verdict}",
-                flush=True,
-            )
-            store.close()
-            if wrong:
-                return 1
-            study += 1
+    with _database(options.postgres) as (url, server):
+        return _soak(options, url, server)
+
+
+@contextmanager
+def _database(postgres: bool) -> Iterator[tuple[str, Postgres | None]]:
+    """An empty store, and its server if it has one."""
+    if not postgres:
+        with tempfile.TemporaryDirectory() as folder:
+            yield f"sqlite:///{Path(folder) / 'soak.db'}", None
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests' own server
+    from postgres_server import Postgres, binaries, missing
+
+    found = binaries()
+    if found is None:
+        raise SystemExit(missing())
+    server = Postgres(found)
+    try:
+        server.start()
+        yield server.url(server.create()), server
+    finally:
+        server.close()
+
+
+def _soak(options: argparse.Namespace, url: str, server: Postgres | None) -> int:
+    soak, study = Soak(url, options.seed, options.trials, server), 0
+    store = open_store(url)
+    while study < len(SCHEDULES) or soak.killed < options.kills:
+        spec = spec_of(study, options.trials)
+        watched = Watched(store, spec)
+        share = min(1.0, (study + 1) / len(SCHEDULES))  # kills for each schedule, if there are few
+        soak.run(study, math.ceil(share * options.kills), watched)
+        trials, lost = watched.end()
+        dead = ", ".join(f"{count} {kind}s" for kind, count in soak.kills.items())
+        print(
+            f"{spec.name}: {spec.sampler.schedule}, {trials} trials, {lost} attempts cut off, "
+            f"looked at {watched.looks} times; so far killed: {dead}; "
+            f"{'; '.join(sorted(watched.wrong)) or 'nothing lost, nothing twice, the same search'}",
+            flush=True,
+        )
+        if watched.wrong:
+            return 1
+        study += 1
+    store.close()
     return 0
 
 
@@ -223,6 +331,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         be_worker(sys.argv[2])
     elif sys.argv[1:2] == ["controller"]:
-        be_controller(sys.argv[2], int(sys.argv[3]))
+        be_controller(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
         sys.exit(main())

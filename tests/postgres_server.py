@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -85,6 +86,13 @@ class Postgres(ForeignPostgres):
             self._popen.wait()
             self._popen = None
 
+    def kill(self) -> None:
+        """SIGKILL to the postmaster; every other process of it ends when it notices."""
+        if self._popen is not None:
+            others = psutil.Process(self._popen.pid).children()
+            self.stop(signal.SIGKILL)
+            psutil.wait_procs(others, timeout=DEADLINE_S)  # they hold what the next one needs
+
     def drop(self, name: str) -> None:
         """Nothing: it takes a second, and all of them go with the server."""
 
@@ -119,7 +127,7 @@ def _user() -> dict[str, object]:
     return {"user": "postgres", "group": "postgres", "extra_groups": []}
 
 
-def _binaries() -> Path | None:
+def binaries() -> Path | None:
     """Debian keeps them out of the PATH."""
     beside = shutil.which("initdb")
     places = [Path(beside).parent] if beside else []
@@ -127,9 +135,9 @@ def _binaries() -> Path | None:
     return next((place for place in places if (place / "initdb").exists()), None)
 
 
-def _missing() -> str | None:
+def missing() -> str | None:
     """Why there can be no server here."""
-    if _binaries() is None:
+    if binaries() is None:
         return "no PostgreSQL: apt-get install postgresql, or set EVOMERGE_TEST_POSTGRES"
     if os.geteuid() == 0 and subprocess.run(["id", "postgres"], capture_output=True).returncode:
         return "PostgreSQL does not run as root, and there is no user `postgres`"
@@ -144,10 +152,10 @@ def postgres() -> Iterator[ForeignPostgres]:
     if named:
         yield ForeignPostgres(named)
         return
-    why, binaries = _missing(), _binaries()
-    if why or binaries is None:
+    why, found = missing(), binaries()
+    if why or found is None:
         pytest.skip(why or "no PostgreSQL")
-    server = Postgres(binaries)
+    server = Postgres(found)
     try:
         server.start()
         yield server

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,12 +9,11 @@ import pytest
 from run_synthetic import rows, run_synthetic
 
 from evomerge.errors import SpecError
-from evomerge.sampling import Told, make_sampler
 from evomerge.service.executor import Job
-from evomerge.space import load_space
 from evomerge.spec import StudySpec
 from evomerge.store.base import StudyStore
 from evomerge.store.memory import MemoryStore
+from evomerge.testing.replay import asked_at, proposed_again
 from evomerge.testing.synthetic import SyntheticExecutor, synthetic_spec
 from evomerge.trial import Failure, State, Trial
 
@@ -81,27 +79,9 @@ def replays(store: StudyStore, spec: StudySpec) -> int:
     asked for in a state that some later genome of the trial table was not.
     """
     trials = searched(store, spec)
-    first = trials[0].number
-    genes = load_space(spec.space).genes(list(spec.sources))
-    sampler = make_sampler(
-        spec.sampler,
-        genes=len(genes),
-        init=load_space(spec.space).start(list(spec.sources)),
-        objectives=1,
-        gene_names=[gene.name for gene in genes],
-    )
-    told = sorted((t for t in trials if t.tell_order is not None), key=lambda t: t.tell_order or 0)
-    asked_before = [(t.tell_order or 0) - place for place, t in enumerate(told)]
-    asked_at = [bisect_right(asked_before, t.number - first) for t in trials]
-    assert asked_at == sorted(asked_at)
-    done = 0
-    for trial, before in zip(trials, asked_at, strict=True):
-        for known in told[done:before]:
-            index = known.number - first
-            sampler.tell(Told(index, known.genome or (), known.values, asked_at[index]))
-        done = before
-        assert sampler.ask(trial.number - first) == trial.genome, f"trial {trial.number}"
-    return len(set(asked_at))
+    assert proposed_again(spec, trials) == [trial.genome for trial in trials]
+    assert asked_at(trials) == sorted(asked_at(trials))
+    return len(set(asked_at(trials)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 50])
