@@ -8,13 +8,21 @@ nodes: Ray places actors, and what fails again and again rests where it is.
 from __future__ import annotations
 
 import os
+import re
+import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, NodeDiedError, RayError
+from ray.exceptions import (
+    ActorUnavailableError,
+    AuthenticationError,
+    GetTimeoutError,
+    NodeDiedError,
+    RayError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evomerge.errors import InfrastructureError, NodeLost, UserError, WorkerLost
@@ -277,14 +285,30 @@ def _join(workers: Workers) -> None:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False, logging_level="error")
             return
         cpus = max(os.cpu_count() or 1, workers.count * workers.num_cpus)
         options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
         ray.init("local", num_cpus=cpus, **options)  # not another one that runs here
     except (RayError, ConnectionError, ValueError) as error:
         where = address or "this machine"
-        raise UserError(f"cannot join Ray at {where}: {_one_line(error)}") from None
+        raise UserError(f"cannot join Ray at {where}: {_why_not(error)}") from None
+
+
+def _why_not(error: Exception) -> str:
+    """Ray says the same of a head that is not there and of one that refuses: a head listens."""
+    silent = re.fullmatch(r"Failed to connect to Ray cluster at (.+):(\d+)", str(error))
+    if silent:
+        try:
+            socket.create_connection((silent[1], int(silent[2])), timeout=5).close()
+        except OSError as nobody:
+            return f"no head listens there ({nobody})"
+    elif not isinstance(error, AuthenticationError):
+        return _one_line(error)
+    return (
+        "the head refuses; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or ~/.ray/auth_token) as "
+        "it has them"
+    )
 
 
 def _board() -> Any:
