@@ -15,6 +15,7 @@
     │       ├── StudyNotFound
     │       ├── StudyChanged      a study of that name exists, with another spec
     │       ├── StudyBusy         another controller is running this study
+    │       │   └── StudyTaken    and has taken it over from this one, which writes no more
     │       ├── StoreLocked
     │       ├── StoreUnreachable  no connection to the database, or it broke
     │       └── SchemaTooNew      written by a newer evomerge
@@ -113,6 +114,10 @@ class StudyChanged(StoreError):
 
 class StudyBusy(StoreError):
     """Another controller is running this study."""
+
+
+class StudyTaken(StudyBusy):
+    """Another controller has taken this study over; this one writes no more."""
 
 
 class StoreLocked(StoreError):

@@ -23,6 +23,9 @@ from evomerge.service.worker import Worker
 
 _PR_SET_PDEATHSIG = 1
 _SIGN_EVERY_S = 5.0
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that are the controller's to handle, though terminals and schedulers send them to all:
+running attempts finish then. A worker starts with them blocked, until it can ignore them."""
 
 
 class Signs:
@@ -50,7 +53,9 @@ def main() -> None:
     """Answer requests until standard input ends."""
     parent = int(sys.argv[1])
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
+    for number in HELD:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     signs = Signs(lambda sign: _answer(answers, sign))

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 
-from evomerge.errors import StaleAttempt, StoreError, StudyBusy, StudyChanged, StudyNotFound
+from evomerge.errors import (
+    StaleAttempt,
+    StoreError,
+    StudyBusy,
+    StudyChanged,
+    StudyNotFound,
+    StudyTaken,
+)
 from evomerge.store.base import Controller, Refusal
 from evomerge.trial import Failure, Part, Score, State, TaskScore
 
@@ -43,8 +50,11 @@ def check_free(study: str, holder: Controller | None, token: str, now: datetime)
 def check_fence(study: str, recorded: str | None, token: str) -> None:
     """Refuse a write by a process that no longer is the study's controller."""
     if recorded != token:
-        what = "gave it up" if recorded is None else "another process has taken it over"
-        raise StudyBusy(f"this process no longer runs study {study!r}: {what}")
+        what = "it was given up" if recorded is None else "another process has taken it over"
+        raise StudyTaken(
+            f"this process no longer runs study {study!r}: {what}. Nothing is lost, and this one "
+            "has written nothing since; `evomerge status` says who runs it"
+        )
 
 
 def not_as_left(study: str) -> StoreError:
