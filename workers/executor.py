@@ -146,9 +146,10 @@ class RayExecutor:
         if not waiting:
             time.sleep(timeout_s)
             return []
-        ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
-        if ready:  # and whatever else is there by now
-            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        # to look costs a tenth of what it costs to wait, with a thousand actors
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         for answer in ready:
             if answer in pending:
                 self._settle(pending[answer])
