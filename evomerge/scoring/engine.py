@@ -18,7 +18,7 @@ from evomerge.scoring.generation import GenerationPlan, Prompt, Stopping, can_de
 from evomerge.scoring.likelihoods import Layout, Likelihoods, may_share
 from evomerge.scoring.loglikelihood import Window, check_finite
 from evomerge.scoring.near_ties import Choice
-from evomerge.scoring.room import Room, out_of_memory, situation
+from evomerge.scoring.room import Room, name_of, out_of_memory, situation
 from evomerge.scoring.tasks import seed_everything, silence
 
 # The reply to a request as lm-eval's HFLM gives it: (log-likelihood, is greedy), a sum, or a text.
@@ -259,6 +259,6 @@ def out_of_memory_named(model: Any) -> Iterator[None]:
         yield
     if reasons:
         raise OutOfMemory(
-            f"scoring does not fit: {situation(model, reasons[0])}, or set a smaller `batch_size` "
-            "under `evaluation`"
+            f"scoring with {name_of(model)} does not fit: {situation(model.device, reasons[0])}, "
+            "or set a smaller `batch_size` under `evaluation`"
         )

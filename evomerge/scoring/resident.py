@@ -56,6 +56,11 @@ class ResidentScorer:
         """The batch size in use: what a cold `lm_eval` run needs to give the same outcomes."""
         return self._engine.batch_size
 
+    @property
+    def fitting_batch_size(self) -> int:
+        """The batch size that memory had room for so far; outcomes do not depend on it."""
+        return self._engine.room.batch_size
+
     def items(self) -> Mapping[str, tuple[str, ...]]:
         """For each task the content hashes of its items, in the task's own order."""
         return self._tasks.items()

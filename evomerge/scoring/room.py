@@ -55,8 +55,8 @@ class Room:
         free_memory()
         if self.batch_size == 1:
             raise OutOfMemory(
-                f"a batch of 1 (asked for: `batch_size` {self.asked}) does not fit: "
-                f"{situation(self._model, reason)}"
+                f"a batch of 1 of {name_of(self._model)} does not fit (`batch_size` was "
+                f"{self.asked}): {situation(self._model.device, reason)}"
             )
         self.batch_size //= 2
 
@@ -84,7 +84,7 @@ def out_of_memory() -> Iterator[list[str]]:
         reasons.append((str(error).splitlines() or [type(error).__name__])[0])
 
 
-def twice(action: Callable[[], T], what: str, model: Any) -> T:
+def twice(action: Callable[[], T], what: str, device: torch.device | str) -> T:
     """The action's result; where memory runs out it is freed and the action begun once more.
 
     Raises OutOfMemory if there is too little again.
@@ -94,7 +94,7 @@ def twice(action: Callable[[], T], what: str, model: Any) -> T:
     free_memory()
     with out_of_memory() as reasons:
         return action()
-    raise OutOfMemory(f"{what} does not fit: {situation(model, reasons[0])}")
+    raise OutOfMemory(f"{what} does not fit: {situation(device, reasons[0])}")
 
 
 def free_memory() -> None:
@@ -104,19 +104,18 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def situation(model: Any, reason: str) -> str:
-    """Which model on which device has how much memory, in one line, and what to do about it."""
-    device = getattr(model, "device", torch.device("cpu"))
-    free, total = _memory(device)
+def situation(device: torch.device | str, reason: str) -> str:
+    """How much memory a device has, in one line, and what to do about it."""
+    free, total = _memory(torch.device(device))
     return (
-        f"{_name(model)} on {device} with {free / _GIB:.1f} of {total / _GIB:.1f} GiB free "
-        f"({reason}); give each worker more memory, or more GPUs by `workers.num_gpus`"
+        f"{device} has {free / _GIB:.1f} of {total / _GIB:.1f} GiB free ({reason}); give each "
+        "worker more memory, or more GPUs by `workers.num_gpus`"
     )
 
 
-def _name(model: Any) -> str:
-    path = getattr(getattr(model, "config", None), "name_or_path", "") or "the model"
-    return str(path)
+def name_of(model: Any) -> str:
+    """Where a model was loaded from."""
+    return str(getattr(model.config, "name_or_path", "") or "the model")
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -6,19 +6,21 @@ samplers, generations or who wins.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from evomerge.errors import NodeLost, StudyStopped
+from evomerge.errors import NodeLost, OutOfMemory, StudyStopped
 from evomerge.service.executor import Event, Executor, Job
 from evomerge.service.ledger import Ledger
 from evomerge.spec import StudySpec
 from evomerge.trial import Attempt, Failure, Part, Score, State
 
+_log = logging.getLogger(__name__)
 Task = tuple[int, Part]
 _POLL_S = 0.25
-_NODES_LOST = 10  # so many a task may lose before they count; a bound, since nothing is for ever
+_MACHINES_FAILED = 10  # so many may fail a task before they count, since nothing is for ever
 
 
 class Dispatcher:
@@ -42,7 +44,7 @@ class Dispatcher:
         self._pareto = spec.objective.aggregate == "pareto"
         self._queue: deque[Task] = deque()
         self._failures: Counter[Task] = Counter()
-        self._nodes_lost: Counter[Task] = Counter()
+        self._machines_failed: Counter[Task] = Counter()
         self.given_up: set[Task] = set()
         self._time_s = time_s
         self._working_since_s = time_s()  # when the last poll returned
@@ -111,6 +113,8 @@ class Dispatcher:
 
     def _take(self, event: Event) -> bool:
         """Record an event; one whose attempt is no longer live is refused, and counted."""
+        for note in event.notes:
+            _log.warning("worker %s: %s", event.worker, note)
         attempt = self._ledger.live.get(event.token)
         if attempt is None:
             self._ledger.refuse(event.token)
@@ -162,9 +166,12 @@ class Dispatcher:
             )
 
     def _count(self, task: Task, failure: Failure) -> None:
-        """Count a failure against `max_attempts`, unless a whole machine went."""
-        if failure.error == NodeLost.__name__ and self._nodes_lost[task] < _NODES_LOST:
-            self._nodes_lost[task] += 1
+        """Count a failure against `max_attempts`, unless it is the machine's: it went as a whole,
+        or has too little memory for a model that others had room for."""
+        small = failure.error == OutOfMemory.__name__ and self._works
+        gone = failure.error == NodeLost.__name__
+        if (gone or small) and self._machines_failed[task] < _MACHINES_FAILED:
+            self._machines_failed[task] += 1
         else:
             self._failures[task] += 1
 

@@ -45,7 +45,8 @@ class Event:
     """What became of a job.
 
     Exactly one of `score` (JSON of a Score) and `failure` is set. `candidate` tells a bad candidate
-    (the trial fails) from infrastructure trouble (the attempt is retried).
+    (the trial fails) from infrastructure trouble (the attempt is retried). `notes` are lines for
+    whoever watches: what happened on the way and changed no outcome.
     """
 
     token: str
@@ -54,6 +55,7 @@ class Event:
     failure: Failure | None = None
     candidate: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Executor(Protocol):

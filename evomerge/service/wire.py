@@ -41,6 +41,7 @@ def event_of(answer: Mapping[str, Any]) -> Event:
         failure=Failure(**failure) if failure else None,
         candidate=bool(answer.get("candidate")),
         seconds=answer["seconds"],
+        notes=tuple(answer.get("notes", ())),
     )
 
 

@@ -23,6 +23,7 @@ from evomerge.spec import StudySpec
 if TYPE_CHECKING:
     from evomerge.merging.materialise import Materialiser
     from evomerge.scoring.resident import ResidentScorer
+    from evomerge.trial import Score
 
 
 class Worker:
@@ -34,7 +35,7 @@ class Worker:
         self.name = name or f"{socket.gethostname()}:{os.getpid()}"
         self._spec: StudySpec | None = None
         self._places: dict[str, str] = {}
-        self._dtype = ""
+        self._dtype = self._device = ""
         self._resident: tuple[Materialiser, ResidentScorer] | None = None
 
     def inspect(self, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,26 +67,34 @@ class Worker:
         self._spec = StudySpec.model_validate(spec)
         self._places = {digest: path for path, digest in digests.items()}
         self._dtype = dtype
+        self._device = device_of(spec["evaluation"]["device"])
         self._resident = None
 
     def run(self, token: str, recipe: Mapping[str, Any], part: str) -> dict[str, Any]:
         """Materialise and score; the JSON of an Event. Never raises what a candidate can cause."""
         seconds: dict[str, float] = {}
+        notes: list[str] = []
         event: dict[str, Any] = {"token": token, "worker": self.name, "seconds": seconds}
+        event["notes"] = notes
         try:
-            return {**event, "score": self._score(Recipe.from_json(recipe), part, seconds)}
+            return {**event, "score": self._score(Recipe.from_json(recipe), part, seconds, notes)}
         except Exception as error:  # whatever a candidate or a library raises is data
             return {**event, **failure_of(error)}
 
-    def _score(self, recipe: Recipe, part: Any, seconds: dict[str, float]) -> dict[str, Any]:
+    def _score(
+        self, recipe: Recipe, part: Any, seconds: dict[str, float], notes: list[str]
+    ) -> dict[str, Any]:
+        from evomerge.scoring.room import twice
+
         started = time.perf_counter()
         materialiser, scorer = self._loaded()
         loaded = time.perf_counter()
         self._beat()
-        materialiser.write(recipe.located(self._places))
+        located = recipe.located(self._places)
+        twice(lambda: materialiser.write(located), "merging into the model", self._device)
         written = time.perf_counter()
         self._beat()
-        score = scorer.score(part)
+        score = self._fitted(scorer, part, notes)
         seconds["load"] = loaded - started
         seconds["materialise"] = written - loaded
         seconds["score"] = time.perf_counter() - written
@@ -93,6 +102,18 @@ class Worker:
             if not math.isfinite(task.value):
                 raise NonFiniteModel(f"task {name}: {task.metric} is {task.value}")
         return score.to_json()
+
+    def _fitted(self, scorer: ResidentScorer, part: Any, notes: list[str]) -> Score:
+        """The score; a batch that had to shrink for it is noted."""
+        before = scorer.fitting_batch_size
+        try:
+            return scorer.score(part)
+        finally:
+            if scorer.fitting_batch_size < before:
+                notes.append(
+                    f"{self._device} ran out of memory with a batch of {before}; this worker "
+                    f"goes on with {scorer.fitting_batch_size}"
+                )
 
     def _loaded(self) -> tuple[Materialiser, ResidentScorer]:
         if self._resident is None:
@@ -104,13 +125,17 @@ class Worker:
         from evomerge.merging.materialise import Materialiser, load_model
         from evomerge.merging.prepared import Prepared, cache_folder
         from evomerge.scoring.resident import ResidentScorer
+        from evomerge.scoring.room import twice
 
         if self._spec is None:
             raise RuntimeError("Worker.run before Worker.prepare")
         spec = self._spec
-        device = device_of(spec.evaluation.device)
         models = open_models((spec.base, *spec.sources.values()))
-        model, tokenizer = load_model(models[spec.base], self._dtype, device)
+        model, tokenizer = twice(
+            lambda: load_model(models[spec.base], self._dtype, self._device),
+            spec.base,
+            self._device,
+        )
         model.register_forward_hook(lambda *_: self._beat())
         scorer = ResidentScorer(model, tokenizer, spec.objective, spec.evaluation)
         return Materialiser(model, models, store=Prepared(cache_folder())), scorer
