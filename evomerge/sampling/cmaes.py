@@ -27,6 +27,8 @@ from evomerge.trial import Genome
 
 _TOLERANCE = 1e-12  # of values; the package's tolfun
 
+_Merit = tuple[float, float]  # the value, and what decides between equal ones
+
 
 def cmaes_sampler(
     spec: SamplerSpec,
@@ -53,9 +55,9 @@ class CmaEs:
     ranks below every candidate that has a value; of equal values the higher tiebreak wins. Where
     the best 70% are alike the distribution widens, where all are alike nothing else happens. A run
     ends, with a reason in `ended`, when its steps are too small or too skewed to go on, or when
-    the best value of a generation has stayed the same for 10 + ⌈30n/λ⌉ generations; the next one
-    starts from a random mean. Results that were asked for in a run that has ended since say nothing
-    about the next one and are left out of it.
+    the best of a generation, its tiebreak included, has stayed the same for 10 + ⌈30n/λ⌉
+    generations; the next one starts from a random mean. Results that were asked for in a run that
+    has ended since say nothing about the next one and are left out of it.
     """
 
     def __init__(
@@ -109,8 +111,7 @@ class CmaEs:
             self._distribution.tell(genomes, ranks, [self._is_stale(r) for r in results])
         self._changed_at = told
         self._run = replace(self._run, results=self._run.results + len(results))
-        values = [r.values[0] for r in results if r.values is not None]
-        self._best.append(max(values, default=-math.inf))
+        self._best.append(max(map(_merit, results)))
         reason = self._distribution.exhausted() or self._stagnation()
         if reason is not None:
             self._restart(reason, told)
@@ -120,7 +121,7 @@ class CmaEs:
 
     def _stagnation(self) -> str | None:
         window = self._best.maxlen
-        if len(self._best) != window or max(self._best) > min(self._best) + _TOLERANCE:
+        if len(self._best) != window or not all(map(_is_flat, zip(*self._best, strict=True))):
             return None
         return f"the best of a generation has not changed in {window} generations"
 
@@ -140,8 +141,8 @@ class CmaEs:
             mean, sigma=sigma, population=self.population, levels=self._levels, cov=cov
         )
 
-    def _no_values(self) -> deque[float]:
-        """Room for the best value of each generation, as far back as stagnation is looked for."""
+    def _no_values(self) -> deque[_Merit]:
+        """Room for the best of each generation, as far back as stagnation is looked for."""
         return deque(maxlen=10 + math.ceil(30 * self._genes / self.population))
 
 
@@ -182,11 +183,17 @@ class AsynchronousCmaEs(AsynchronousSampler):
 
 def _ranks(results: Sequence[Told]) -> list[float]:
     """Ranks [population] from 0, the best: equals share a rank, failures have the last."""
-    keys = [None if r.values is None else (r.values[0], _tiebreak(r)) for r in results]
-    levels = sorted({key for key in keys if key is not None}, reverse=True)
-    rank = {key: float(place) for place, key in enumerate(levels)}
-    return [float(len(levels)) if key is None else rank[key] for key in keys]
+    merits = list(map(_merit, results))
+    levels = sorted(set(merits), reverse=True)
+    rank = {merit: float(place) for place, merit in enumerate(levels)}
+    return [rank[merit] for merit in merits]
 
 
-def _tiebreak(result: Told) -> float:
-    return -math.inf if result.tiebreak is None else result.tiebreak
+def _merit(result: Told) -> _Merit:
+    if result.values is None:
+        return -math.inf, -math.inf
+    return result.values[0], -math.inf if result.tiebreak is None else result.tiebreak
+
+
+def _is_flat(values: Sequence[float]) -> bool:
+    return min(values) == max(values) or max(values) <= min(values) + _TOLERANCE

@@ -19,7 +19,8 @@ from evomerge.service.dispatch import Dispatcher
 from evomerge.service.ledger import Ledger
 from evomerge.service.verdict import to_score
 from evomerge.spec import StudySpec
-from evomerge.trial import Genome, NewTrial, State, Trial
+from evomerge.store.base import Tell
+from evomerge.trial import Genome, NewTrial, State, Trial, tiebreak
 
 CONTROLLER_LEASE_S = 30.0
 _WATCH_EVERY_S = 0.5
@@ -70,6 +71,7 @@ class Controller:
         self._stopping = self._stopping_now = False
         self._renewed_s = self._watched_s = time_s()
 
+        self._pareto = spec.objective.aggregate == "pareto"
     def stop(self, *, now: bool = False) -> None:
         """Stop gently: dispatch nothing more, wait for what is running; with `now`, do not wait.
 
@@ -94,7 +96,7 @@ class Controller:
         """Replay what was told, in the order it was told; queue what is not finished."""
         for tell in self._ledger.tells():
             self._note_tell(tell.order)
-            self._sampler.tell(self._result(tell.number, tell.genome, tell.values))
+            self._sampler.tell(self._result(tell))
             self._renew()
         open_trials = [t for t in self._ledger.trials if not t.state.finished]
         self._dispatcher.enqueue((t.number, "search") for t in open_trials)
@@ -151,9 +153,7 @@ class Controller:
         ready = self._ready()
         for place, number in enumerate(ready):
             self._note_tell(first + place)
-            trial = self._ledger[number]
-            values = trial.values if trial.state is State.COMPLETE else None
-            self._sampler.tell(self._result(number, trial.genome, values))
+            self._sampler.tell(self._result(_tell(first + place, self._ledger[number])))
         if ready:
             self._ledger.mark_told(ready, first)
 
@@ -191,8 +191,18 @@ class Controller:
         if self._mirror is not None:
             self._mirror.sync(self._ledger.news())
 
-    def _result(self, number: int, genome: Genome | None, values: tuple[float, ...] | None) -> Told:
-        index = number - self._first
+    def _result(self, tell: Tell) -> Told:
+        index = tell.number - self._first
         # only a sampler that is told in any order needs to hear it: others know by the index
         asked_at = None if self._sampler.ordered else bisect_right(self._asked_before_tell, index)
-        return Told(index, genome or (), values, asked_at)
+        # of several objectives no single number decides
+        ties = None if self._pareto else tiebreak(tell.margins, self._weights)
+        return Told(index, tell.genome or (), tell.values, asked_at, ties)
+
+
+def _tell(order: int, trial: Trial) -> Tell:
+    """A finished trial as the store will have it once it is told."""
+    if trial.state is not State.COMPLETE:
+        return Tell(order, trial.number, trial.genome, None)
+    margins = trial.scores["search"].margins
+    return Tell(order, trial.number, trial.genome, trial.values, margins)

@@ -57,6 +57,8 @@ class Ledger:
         self._controller = controller
         self._clock = clock
         self._finalists = int(record.spec["budget"]["finalists"])
+        tasks = record.spec["objective"]["tasks"]
+        self._weights = {task["task"]: float(task["weight"]) for task in tasks}
         self._trials: dict[int, Trial] = {}  # in the order of numbers
         self._settled = 0  # how many of them are told since some were let go
         self._news: dict[int, Trial] = {}
@@ -285,7 +287,7 @@ class Ledger:
         if self._settled < _SETTLED:
             return
         self._settled = 0
-        kept = {trial.number for trial in contenders(self.trials, self._finalists)}
+        kept = {trial.number for trial in contenders(self.trials, self._finalists, self._weights)}
         self._trials = {
             number: trial
             for number, trial in self._trials.items()

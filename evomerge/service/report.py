@@ -147,7 +147,7 @@ def build_report(record: StudyRecord, trials: Sequence[Trial]) -> Report:
     budget = record.spec["budget"]
     planned, count = int(budget["trials"]), int(budget.get("finalists", 8))
     searched = [t for t in trials if t.kind == "search"]
-    ranked = finalists(searched, count)
+    ranked = finalists(searched, count, weights)
     pareto = record.spec["objective"].get("aggregate") == "pareto"
 
     def candidate(trial: Trial | None) -> Candidate | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from evomerge.service.counts import Counts
 from evomerge.service.progress import Entry, Phase, Progress, seconds_left
-from evomerge.service.verdict import to_score
+from evomerge.service.verdict import standing_of, to_score
 from evomerge.spec import StudySpec
 from evomerge.trial import Kind, Part, Trial
 
@@ -111,7 +111,7 @@ def _mean(trial: Trial, weights: Mapping[str, float]) -> float:
 
 def _best(trials: Sequence[Trial], weights: Mapping[str, float]) -> Trial | None:
     scored = [t for t in trials if "search" in t.scores]
-    return max(scored, key=lambda t: (_mean(t, weights), -t.number), default=None)
+    return max(scored, key=lambda t: standing_of(t, weights), default=None)
 
 
 def _entry(trial: Trial | None, label: str | None, weights: Mapping[str, float]) -> Entry | None:

@@ -2,7 +2,9 @@
 
 The best trials of the search are scored again on the selection items; what picks the winner is
 the search and the selection items together, each counted once. The baselines that have to be picked
-(the best source, the best lambda) are picked in just that way. Pure functions of the trials.
+(the best source, the best lambda) are picked in just that way. Where values are equal the margins
+decide, as they did in the search: what it found on a plateau is not its first step there. Pure
+functions of the trials.
 """
 
 from __future__ import annotations
@@ -11,31 +13,39 @@ import math
 from collections.abc import Container, Mapping, Sequence
 
 from evomerge.sampling.pareto import pareto_front
-from evomerge.trial import Kind, Part, State, Trial, weighted_mean
+from evomerge.trial import Kind, Part, State, Trial, tiebreak, weighted_mean
 
 Weights = Mapping[str, float]
 
 
-def finalists(trials: Sequence[Trial], count: int) -> list[Trial]:
+def finalists(trials: Sequence[Trial], count: int, weights: Weights) -> list[Trial]:
     """The trials of the search worth scoring again: the best `count`, or the whole Pareto front.
 
-    Trials of one recipe count once; equal values go to the earlier trial.
+    Trials of one recipe count once; among equal values the margins decide, among equal margins the
+    earlier trial goes first.
     """
     complete = _distinct([t for t in trials if t.kind == "search" and t.state is State.COMPLETE])
     if complete and len(complete[0].values or ()) > 1:
         front = pareto_front([t.values or () for t in complete])
         return [complete[i] for i in front]
-    return sorted(complete, key=lambda t: (-(t.values or (-math.inf,))[0], t.number))[:count]
+    return sorted(complete, key=lambda t: standing_of(t, weights), reverse=True)[:count]
 
 
-def contenders(trials: Sequence[Trial], count: int) -> list[Trial]:
+def standing_of(trial: Trial, weights: Weights) -> tuple[float, float, int]:
+    """What orders trials, higher first, by their score on the search items."""
+    score = trial.scores["search"]
+    (value,) = score.values(weights, pareto=False)
+    return value, _decider(score.margins, weights), -trial.number
+
+
+def contenders(trials: Sequence[Trial], count: int, weights: Weights) -> list[Trial]:
     """The finished search trials that may still be finalists or win, whatever trials come after:
     the finalists, and what was scored beyond the search items. `trials` are in order of numbers.
 
-    Where equal recipes have equal values, contenders of contenders and further trials are those of
+    Where equal recipes have equal scores, contenders of contenders and further trials are those of
     all: so the others need not be kept.
     """
-    chosen = {trial.number for trial in finalists(trials, count)}
+    chosen = {trial.number for trial in finalists(trials, count, weights)}
     return [
         trial
         for trial in trials
@@ -51,9 +61,16 @@ def merit(trial: Trial, weights: Weights) -> float | None:
 
 
 def best_of(trials: Sequence[Trial], weights: Weights) -> Trial | None:
-    """The trial of highest merit among those scored on selection items; the earliest if equal."""
-    scored = [(value, -t.number, t) for t in trials if (value := merit(t, weights)) is not None]
-    return max(scored, key=lambda entry: entry[:2])[2] if scored else None
+    """The trial of highest merit among those scored on selection items.
+
+    Among equals that of the highest margin over the same items, then the earliest.
+    """
+    scored = [
+        (value, _decider(_pooled_margins(t), weights), -t.number, t)
+        for t in trials
+        if (value := merit(t, weights)) is not None
+    ]
+    return max(scored, key=lambda entry: entry[:3])[3] if scored else None
 
 
 def winner(trials: Sequence[Trial], weights: Weights) -> Trial | None:
@@ -83,7 +100,7 @@ def to_score(
         return [(t, part) for t in scored if (t.number, part) not in given_up]
 
     baselines = [t for t in trials if t.kind != "search"]
-    first = [*baselines, *finalists(trials, count)]
+    first = [*baselines, *finalists(trials, count, weights)]
     selection = missing(first, "selection")
     if selection:
         return selection
@@ -92,13 +109,29 @@ def to_score(
     fixed = [t for t in baselines if t.kind != "task_arithmetic"]
     last = [*fixed, *(t for t in (best_lambda, champion) if t is not None)]
     if champion is not None and len(champion.values or ()) > 1:
-        last += [t for t in finalists(trials, count) if t.number != champion.number]
+        last += [t for t in finalists(trials, count, weights) if t.number != champion.number]
     return missing(last, "report")
 
 
 def _pooled(trial: Trial, task: str) -> float:
     scores = [trial.scores[part].tasks[task] for part in ("search", "selection")]
     return math.fsum(s.n * s.merit for s in scores) / sum(s.n for s in scores)
+
+
+def _pooled_margins(trial: Trial) -> dict[str, float]:
+    """Each task's margin over search and selection items together, where it has one on both."""
+    search, selection = (trial.scores[part].tasks for part in ("search", "selection"))
+    return {
+        name: (one.n * one.margin + two.n * two.margin) / (one.n + two.n)
+        for name, one in search.items()
+        if (two := selection.get(name)) is not None
+        if one.margin is not None and two.margin is not None
+    }
+
+
+def _decider(margins: Mapping[str, float], weights: Weights) -> float:
+    decides = tiebreak(margins, weights)
+    return -math.inf if decides is None else decides
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:

@@ -12,7 +12,7 @@ from evomerge.sampling import make_sampler
 from evomerge.sampling.base import Told
 from evomerge.space import load_space
 from evomerge.spec import StudySpec
-from evomerge.trial import Genome, Trial
+from evomerge.trial import Genome, Trial, tiebreak
 
 
 def in_order_told(trials: Sequence[Trial]) -> list[Trial]:
@@ -41,11 +41,14 @@ def proposed_again(spec: StudySpec, trials: Sequence[Trial]) -> list[Genome]:
         objectives=1,
         gene_names=[gene.name for gene in genes],
     )
+    weights = {task.task: task.weight for task in spec.objective.tasks}
     told, asked, done, genomes = in_order_told(trials), asked_at(trials), 0, []
     for index, before in enumerate(asked):
         for known in told[done:before]:
             place = known.number - trials[0].number
-            sampler.tell(Told(place, known.genome or (), known.values, asked[place]))
+            margins = known.scores["search"].margins if "search" in known.scores else {}
+            ties = tiebreak(margins, weights)
+            sampler.tell(Told(place, known.genome or (), known.values, asked[place], ties))
         done = before
         genomes.append(sampler.ask(index))
     return genomes

@@ -23,6 +23,8 @@ from evomerge.trial import Failure, Part, Score, TaskScore
 ITEMS: Mapping[Part, int] = {"search": 40, "selection": 20, "report": 40}
 Fault = Callable[[Job, int], Failure | None]
 """(job, how many jobs ran before it) -> what goes wrong with it, if anything."""
+Scoring = Callable[[Recipe, Part, Sequence[str]], Score]
+"""(recipe, part, names of the tasks) -> its score."""
 
 
 def synthetic_spec(**changes: Any) -> StudySpec:
@@ -69,11 +71,17 @@ class SyntheticExecutor:
     """Runs jobs in this process; `count` of them are under way at once."""
 
     def __init__(
-        self, count: int = 1, *, seed: int = 0, fault: Fault = lambda job, before: None
+        self,
+        count: int = 1,
+        *,
+        seed: int = 0,
+        fault: Fault = lambda job, before: None,
+        score: Scoring = synthetic_score,
     ) -> None:
         self._count = count
         self._random = random.Random(seed)
         self._fault = fault
+        self._score = score
         self._jobs: list[Job] = []
         self._tasks: list[str] = []
         self.ran = 0
@@ -125,7 +133,7 @@ class SyntheticExecutor:
         if failure is not None:
             bad = failure.error == "NonFiniteModel"
             return Event(job.token, worker, failure=failure, candidate=bad)
-        score = synthetic_score(Recipe.from_json(job.recipe), job.part, self._tasks)
+        score = self._score(Recipe.from_json(job.recipe), job.part, self._tasks)
         return Event(job.token, worker, score=score.to_json(), seconds={"score": 0.0})
 
 

@@ -131,8 +131,10 @@ def test_a_running_controller_lets_go_of_what_it_told() -> None:
     assert ledger.counts == Counts.of(store.trials(spec.name))
 
 
-def trial(number: int, value: int | None, parts: Collection[Part], kind: Kind) -> Trial:
-    task = TaskScore("acc", float(value or 0), None, 4)
+def trial(
+    number: int, value: int | None, margin: int | None, parts: Collection[Part], kind: Kind
+) -> Trial:
+    task = TaskScore("acc", float(value or 0), None, 4, margin=margin)
     scores = {part: Score({"add": task, "sort": task}) for part in ("search", *parts)}
     done = value is not None
     return Trial(
@@ -143,7 +145,8 @@ def trial(number: int, value: int | None, parts: Collection[Part], kind: Kind) -
 
 
 made = st.tuples(
-    st.one_of(st.none(), st.integers(0, 9)),
+    st.one_of(st.none(), st.integers(0, 4)),
+    st.one_of(st.none(), st.integers(-1, 1)),
     st.sampled_from([(), (), ("selection",), ("selection", "report")]),
     st.sampled_from(["search", "search", "search", "uniform"]),
 )
@@ -155,7 +158,7 @@ def test_contenders_decide_what_all_trials_would(drawn: Any, count: int, step: i
     kept: list[Trial] = []
     for start in range(0, len(every), step):
         met = [*kept, *every[start : start + step]]
-        chosen = contenders(met, count)
+        chosen = contenders(met, count, WEIGHTS)
         kept = [t for t in met if t.kind != "search" or t in chosen]
     assert to_score(kept, count, WEIGHTS) == to_score(every, count, WEIGHTS)
     assert winner(kept, WEIGHTS) == winner(every, WEIGHTS)
