@@ -20,8 +20,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from evomerge.merging.methods.base import Block, Coefficients, MergeMethod, Parameter
+from evomerge.merging.methods.base import Block, Coefficients, Fitted, MergeMethod, Parameter
 from evomerge.merging.values import Scalar
+from evomerge.testing.fitted_cases import LEARNED
+
+TENSOR = "model.layers.0.mlp.up_proj.weight"
 
 Parameters = Mapping[str, Scalar]
 
@@ -35,7 +38,8 @@ class Case:
     """One tensor to merge: base [n] and the sources [n] by name, in the recipe's order.
 
     `parameters` holds for every source; `own` overrides it for single sources. `shape` is the
-    tensor's before it was flattened; None for a vector.
+    tensor's before it was flattened; None for a vector. `fitted` is what was learned of all of the
+    sources, for a method that applies an artifact.
     """
 
     base: Tensor
@@ -44,6 +48,7 @@ class Case:
     own: Mapping[str, Parameters] = field(default_factory=dict)
     seed: int = 0
     shape: tuple[int, ...] | None = None
+    fitted: Fitted | None = None
 
     def given(self, **parameters: Scalar) -> Case:
         """The same case with some parameters set, for the recipe and for every source."""
@@ -106,7 +111,9 @@ def random_case(
     shared = {p.name: _random_value(p, dice) for p in method.parameters if p.scope == "recipe"}
     varied = [p for p in method.parameters if p.scope == "source"]
     own = {name: {p.name: _random_value(p, dice) for p in varied} for name in names}
-    return Case(base, models, shared, own, seed, _random_matrix(size, dice))
+    shape = _random_matrix(size, dice)
+    learned = LEARNED[method.artifact](dice, TENSOR, shape, names) if method.artifact else None
+    return Case(base, models, shared, own, seed, shape, learned)
 
 
 # The laws, numbered as in the project's specification.
@@ -262,6 +269,7 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (copies_are_source, {"weight": 0.3, "normalize": True}),
             (scales_with_task_vectors, {}),
         ),
+        "greedy_soup": _obeyed((copies_are_source, {})),
         "passthrough": _obeyed((neutral_is_source, {"scale": 1.0})),
         "task_arithmetic": _obeyed(
             *_TASK_VECTORS,
@@ -436,13 +444,14 @@ def coefficients_of(method: MergeMethod, case: Case) -> Coefficients:
             own = [case.own.get(name, {}).get(parameter.name, value) for name in names]
             source[parameter.name] = tuple(own)
     return Coefficients(
-        tensor="model.layers.0.mlp.up_proj.weight",
+        tensor=TENSOR,
         shape=case.shape or (case.base.numel(),),
         names=tuple(names),
         order=tuple(recipe_order.index(name) for name in names),
         source=source,
         recipe=shared,
         seed=case.seed,
+        fitted=case.fitted,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,12 +65,15 @@ class Provenance:
 
 
 class Artifact:
-    """An artifact on disk. `facts` is what the fit found out that is no tensor (JSON)."""
+    """An artifact on disk. `facts` is what the fit found out that is no tensor (JSON); `cost` what
+    it took: `seconds` and `flops`, which no digest counts.
+    """
 
     def __init__(self, folder: Path, document: Mapping[str, Any]) -> None:
         self.folder = folder
         self.provenance = Provenance(**document["provenance"])
         self.facts: Mapping[str, Any] = document["facts"]
+        self.cost: Mapping[str, float] = document["cost"]
         self.digest: str = document["digest"]
         file: Any = safe_open(folder / TENSORS, framework="pt")  # mapped, not read
         self._file = file
@@ -144,26 +148,33 @@ class Draft:
     """An artifact in the making: what is saved survives a crash.
 
     `state` is what the last `save` of an earlier attempt at the same fit left: tensors by name, and
-    notes; None for a fit that begins.
+    notes; None for a fit that begins. `flops` are those of this attempt; a draft adds up the
+    attempts, and their seconds.
     """
 
     def __init__(self, aside: Aside, provenance: Provenance) -> None:
         self._aside = aside
         self._provenance = provenance
+        self._started_s = time.perf_counter()
+        self._before = {"seconds": 0.0, "flops": 0.0}
         self.state = self._read()
 
-    def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    def save(
+        self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], *, flops: float
+    ) -> None:
         """Keep how far the fit has come, in place of what was saved before."""
         before = list(self._aside.finished)
         number = 1 + max((int(n.split("-")[1].split(".")[0]) for n in before), default=0)
         name = _STATE.format(number)
         save_file({key: t.contiguous() for key, t in tensors.items()}, self._aside.folder / name)
         flush(self._aside.folder / name)
-        self._aside.finish(name, dict(notes))
+        self._aside.finish(name, {"notes": dict(notes), "cost": self._cost(flops)})
         for old in before:
             self._aside.drop(old)
 
-    def finish(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def finish(
+        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, flops: float
+    ) -> None:
         """Write the artifact itself."""
         owned = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(owned, self._aside.folder / TENSORS)
@@ -175,6 +186,7 @@ class Draft:
             "digest": _digest(self._provenance, facts, digests),
             "provenance": self._provenance.__dict__,
             "facts": dict(facts),
+            "cost": self._cost(flops),
         }
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
         (self._aside.folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")
@@ -186,7 +198,15 @@ class Draft:
         if not self._aside.finished:
             return None
         name, notes = list(self._aside.finished.items())[-1]
-        return load_file(self._aside.folder / name), notes
+        self._before = notes["cost"]
+        return load_file(self._aside.folder / name), notes["notes"]
+
+    def _cost(self, flops: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self._started_s
+        return {
+            "seconds": self._before["seconds"] + seconds,
+            "flops": self._before["flops"] + flops,
+        }
 
 
 @contextmanager

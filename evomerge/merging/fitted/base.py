@@ -85,8 +85,8 @@ class Fitter(ABC):
         """Look at the data, and `draft.finish` the artifact.
 
         `draft.state` is where an interrupted fit of the same problem stopped: gone on with, the
-        artifact is the same bit for bit. `facts` must hold `seconds` and `flops`. Raises UserError
-        for data or models that do not do.
+        artifact is the same bit for bit: facts hold nothing that depends on time or chance. Raises
+        UserError for data or models that do not do.
         """
 
 

@@ -37,7 +37,7 @@ class Network:
         loaded: tuple[Any, Any] = load_model(anchor, "float32", device)
         self.model = loaded[0]
         if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute_activations(self.model)
             self.model.train()  # without it, transformers checkpoints nothing
             _without_dropout(self.model)
         self.device = device
@@ -157,6 +157,11 @@ class _Collector:
         if not missing:
             del self._halves[name]
             self._take(name, whole.view(shape))
+
+
+def _recompute_activations(model: Any) -> None:
+    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20 and later
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
 from evomerge.merging.methods.della import Della
 from evomerge.merging.methods.della_linear import DellaLinear
+from evomerge.merging.methods.greedy_soup import GreedySoup
 from evomerge.merging.methods.iso_c import IsoC
 from evomerge.merging.methods.iso_cts import IsoCts
 from evomerge.merging.methods.karcher import Karcher
@@ -57,6 +58,7 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             NuSlerp(),
             MultiSlerp(),
             Karcher(),
+            GreedySoup(),
             ModelStock(),
             NearSwap(),
             Passthrough(),

@@ -27,7 +27,7 @@ _RECIPE = Recipe("linear", ModelRef("b", "b0"), (Source("a", ModelRef("a", "a0")
 
 def _make(folder, tensors=None, facts=None):
     with draft(folder, _KNOWN) as work:
-        work.finish(tensors or {"x": torch.arange(3.0)}, facts or {"seconds": 1.0, "flops": 2.0})
+        work.finish(tensors or {"x": torch.arange(3.0)}, facts or {"curve": [2.0]}, flops=5.0)
     return open_artifact(folder)
 
 
@@ -35,7 +35,8 @@ def test_what_was_written_is_read(tmp_path):
     artifact = _make(tmp_path / "out")
     assert torch.equal(artifact.tensor("x"), torch.arange(3.0))
     assert artifact.provenance == _KNOWN
-    assert artifact.facts["flops"] == 2.0
+    assert artifact.facts["curve"] == [2.0]
+    assert artifact.cost["flops"] == 5.0
     artifact.check_contents()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
@@ -45,7 +46,7 @@ def test_the_digest_is_of_contents_and_provenance(tmp_path):
     assert one == _make(tmp_path / "2").digest
     assert one != _make(tmp_path / "3", tensors={"x": torch.arange(3.0) + 1}).digest
     with draft(tmp_path / "4", replace(_KNOWN, seed=1)) as work:
-        work.finish({"x": torch.arange(3.0)}, {"seconds": 1.0, "flops": 2.0})
+        work.finish({"x": torch.arange(3.0)}, {"curve": [2.0]}, flops=5.0)
     assert one != open_artifact(tmp_path / "4").digest
 
 
@@ -53,7 +54,7 @@ def _attempt(folder, known, *saves, error):
     with draft(folder, known) as work:
         assert work.state is None
         for number, tensor in enumerate(saves, 1):
-            work.save({"sum": tensor}, {"step": number})
+            work.save({"sum": tensor}, {"step": number}, flops=float(number))
         raise error
 
 
@@ -67,7 +68,8 @@ def test_an_interrupted_fit_goes_on_where_it_was(tmp_path):
         tensors, notes = work.state
         assert torch.equal(tensors["sum"], torch.ones(2) * 2)
         assert notes == {"step": 2}
-        work.finish(tensors, {})
+        work.finish(tensors, {}, flops=1.0)
+    assert open_artifact(tmp_path / "out").cost["flops"] == 3.0  # of two attempts
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "artifact.json",
         "artifact.safetensors",
@@ -79,7 +81,7 @@ def test_another_fit_does_not_go_on_with_it(tmp_path):
         _attempt(tmp_path / "out", _KNOWN, torch.ones(2), error=KeyboardInterrupt())
     with draft(tmp_path / "out", replace(_KNOWN, calibration="c1")) as work:
         assert work.state is None
-        work.finish({"x": torch.ones(1)}, {})
+        work.finish({"x": torch.ones(1)}, {}, flops=1.0)
 
 
 def test_an_error_leaves_nothing(tmp_path):

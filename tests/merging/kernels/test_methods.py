@@ -24,6 +24,7 @@ from evomerge.testing.merge_laws import Case, coefficients_of, random_case
 
 PROGRAMMED = [
     "linear",
+    "greedy_soup",
     "passthrough",
     "task_arithmetic",
     "slerp",

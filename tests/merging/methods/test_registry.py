@@ -33,14 +33,27 @@ def test_get() -> None:
 
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_a_recipe_without_parameters_is_fine(name: str) -> None:
-    assert registry.check(recipe(name, sources=some_sources(name))) == []
+    plain = recipe(name, sources=some_sources(name), artifact=an_artifact(name))
+    assert registry.check(plain) == []
 
 
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_defaults_are_valid(name: str) -> None:
     method = registry.get(name)
     defaults = {parameter.name: parameter.default for parameter in method.parameters}
-    assert registry.check(recipe(name, sources=some_sources(name), parameters=defaults)) == []
+    given = {"sources": some_sources(name), "parameters": defaults}
+    assert registry.check(recipe(name, artifact=an_artifact(name), **given)) == []
+
+
+def test_a_method_that_applies_an_artifact_needs_one() -> None:
+    assert registry.check(recipe("greedy_soup")) == [
+        "greedy_soup applies what a fit has learned: fit it (`evomerge fit`), and name the folder"
+        " as `artifact`"
+    ]
+
+
+def an_artifact(name: str) -> ModelRef | None:
+    return ModelRef("fitted") if registry.get(name).artifact else None
 
 
 def some_sources(name: str) -> dict[str, dict[str, Any]]:
