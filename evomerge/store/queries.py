@@ -22,7 +22,6 @@ from evomerge.store.rows import (
     SCORE,
     TRIAL,
     controller_from,
-    outlines_from,
     score_columns,
     trials_from,
 )
@@ -266,17 +265,17 @@ def read_trials(
 def read_outlines(
     connection: sa.Connection, study_id: int, numbers: range, *, attempts: bool
 ) -> list[Trial]:
-    """Trials of a range without genomes, recipes and what is in their scores."""
+    """Trials of a range without genomes, recipes and outcomes."""
     trial_query = sa.select(*OUTLINE).where(trials.c.study_id == study_id)
     trial_query = trial_query.where(*_within(trials.c.number, numbers))
     attempt_query = sa.select(*ATTEMPT).where(_ATTEMPTS.c.study_id == study_id)
     attempt_query = attempt_query.where(*_within(_ATTEMPTS.c.trial, numbers))
-    part_query = sa.select(scores.c.trial, scores.c.part).where(scores.c.study_id == study_id)
-    part_query = part_query.where(*_within(scores.c.trial, numbers))
-    return outlines_from(
+    score_query = sa.select(*SCORE).where(scores.c.study_id == study_id)
+    score_query = score_query.where(*_within(scores.c.trial, numbers))
+    return trials_from(
         connection.execute(trial_query.order_by(trials.c.number)),
         connection.execute(attempt_query.order_by(_ATTEMPTS.c.id)) if attempts else (),
-        connection.execute(part_query.distinct()),
+        connection.execute(score_query.order_by(scores.c.trial, scores.c.task)),
     )
 
 

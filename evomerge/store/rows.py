@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import sqlalchemy as sa
+
 from evomerge.store.base import Controller, StudyRecord
 from evomerge.store.tables import attempts, scores, studies, trials
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, TaskScore, Trial
@@ -42,6 +44,8 @@ TRIAL = (
     trials.c.message,
     trials.c.tell_order,
 )
+# for reading a long study through
+OUTLINE = tuple(sa.null() if column.name in ("genome", "recipe") else column for column in TRIAL)
 ATTEMPT = (
     attempts.c.trial,
     attempts.c.part,
@@ -159,7 +163,7 @@ def _trial_from(row: Row, tries: tuple[Attempt, ...], marks: dict[Part, Score]) 
         kind=kind,
         label=label,
         genome=genome,
-        recipe=recipe,
+        recipe={} if recipe is None else recipe,
         recipe_digest=digest,
         state=State(state),
         values=objectives,
