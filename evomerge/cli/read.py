@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,13 @@ from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json, print
 from evomerge.errors import UserError
 from evomerge.service.ledger import utc_now
 from evomerge.service.liveness import is_running
+from evomerge.service.notices import refusals_text, restart_texts, restarts_of
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing
+from evomerge.service.survey import Survey
 from evomerge.spec import PARTS, StudySpec
 from evomerge.store import open_store
-from evomerge.store.base import Controller, StudyRecord
+from evomerge.store.base import Controller, Refusal, StudyRecord, StudyStore
 from evomerge.trial import Score, Trial
 
 if TYPE_CHECKING:
@@ -44,10 +47,7 @@ def status(
     """Where every study stands, or one of them."""
     opened = open_store(store, create=False)
     records = [opened.study(study)] if study else list(opened.studies())
-    rows = [_status(record, opened.trials(record.name, outcomes=False)) for record in records]
-    for row, record in zip(rows, records, strict=True):
-        row["controller"] = _holder(opened.controller(record.name))
-        row["refused"] = dict(opened.refusals(record.name))
+    rows = [_status(record, opened) for record in records]
     if json:
         print_json(rows[0] if study else rows)
     elif rows:
@@ -56,6 +56,9 @@ def status(
              str(r["trials"]["failed"]), _number(r["best"]), r["controller"] or "none running"]
             for r in rows
         ])  # fmt: skip
+        for record, row in zip(records, rows, strict=True):
+            for notice in _notices(record, row["refused"], most=10 if study else 1):
+                typer.echo(f"{record.name}: {notice}")
     else:
         typer.echo("no studies in this store", err=True)
 
@@ -91,11 +94,11 @@ def best(
 ) -> None:
     """The winner so far, its recipe and scores; with --export its checkpoint."""
     from evomerge.cli.merge import export_recipe
-    from evomerge.service.report import build_report
+    from evomerge.service.report import stored_report
 
     opened = open_store(store, create=False)
     record = opened.study(study)
-    found = build_report(record, opened.trials(study))
+    found = stored_report(record, opened)
     candidate = found.winner or found.leader
     if candidate is None:
         raise UserError(f"study {study!r} has no scored trial yet; `evomerge status {study}`")
@@ -130,12 +133,12 @@ def report(
     json: AsJson = False,
 ) -> None:
     """One self-contained HTML page: the history, the comparison, the winner's coefficients."""
-    from evomerge.service.report import build_report
+    from evomerge.service.report import stored_report
     from evomerge.service.report_page import render
 
     opened = open_store(store, create=False)
-    record, rows = opened.study(study), opened.trials(study)
-    found = build_report(record, rows)
+    record = opened.study(study)
+    found = stored_report(record, opened)
     if json:
         print_json(found.to_json())
     if output is None and json:
@@ -143,7 +146,7 @@ def report(
     path = output or Path(f"{study}.html")
     aside = path.absolute().with_name(f".{path.absolute().name}.part")
     try:
-        aside.write_text(render(found, record, rows), encoding="utf-8")
+        aside.write_text(render(found, record), encoding="utf-8")
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
@@ -193,10 +196,10 @@ def score_json(score: Score, weights: dict[str, float]) -> dict[str, float]:
     return {**{name: score.tasks[name].value for name in weights}, "mean": mean}
 
 
-def _status(record: StudyRecord, rows: Any) -> dict[str, Any]:
+def _status(record: StudyRecord, store: StudyStore) -> dict[str, Any]:
     spec = StudySpec.model_validate(record.spec)
-    now: Progress = standing(spec, rows)
-    states = Counter(trial.state.value for trial in rows)
+    survey = Survey.read(record, store, whole=False)
+    now: Progress = standing(spec, survey.kept, counts=survey.counts)
     return {
         "study": record.name,
         "phase": "done" if _done(now) else now.phase,
@@ -204,12 +207,22 @@ def _status(record: StudyRecord, rows: Any) -> dict[str, Any]:
             "finished": now.trials_done,
             "budget": spec.budget.trials,
             "failed": now.failed,
-            "states": dict(states),
+            "states": {state.value: count for state, count in survey.states.items()},
         },
         "best": None if now.best is None else now.best.mean,
         "baselines": {entry.label: entry.mean for entry in now.baselines},
         "created_at": record.created_at.isoformat(),
+        "restarts": [asdict(restart) for restart in restarts_of(record)],
+        "controller": _holder(store.controller(record.name)),
+        "refused": dict(store.refusals(record.name)),
     }
+
+
+def _notices(record: StudyRecord, refused: Mapping[Refusal, int], *, most: int) -> list[str]:
+    """What there is to say of a study beside its row."""
+    said = refusals_text(refused)
+    refusals = [f"results refused: {said}"] if said else []
+    return [*restart_texts(restarts_of(record), most), *refusals]
 
 
 def _done(now: Progress) -> bool:

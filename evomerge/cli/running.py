@@ -1,24 +1,23 @@
-"""Running a study in the foreground: the view, the mirror, Ctrl-C. Shared by run, resume, demo."""
+"""Running a study in the foreground: the view, the mirror. Shared by run, resume, demo."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import FrameType
 
 import typer
 
 from evomerge.cli.options import DEFAULT_STORE, without_password
+from evomerge.cli.stopping import Stop
 from evomerge.documents import read_yaml
-from evomerge.errors import SpecError, UserError
-from evomerge.service.controller import Controller, Mirror
+from evomerge.errors import SpecError, StoreUnreachable, UserError
+from evomerge.service.controller import Mirror
 from evomerge.service.executor import Executor
 from evomerge.service.progress import View, make_view
-from evomerge.service.report import Report, build_report
+from evomerge.service.report import Report, stored_report
 from evomerge.service.study import build_controller, controlling, open_study
 from evomerge.space import Gene
 from evomerge.space.mergekit_evolve import is_mergekit_evolve, read_mergekit_evolve
@@ -33,17 +32,23 @@ def run_study(spec: StudySpec, url: str, executor_name: str) -> Report:
     Raises typer.Exit(130) when it was interrupted, after saying how to go on.
     """
     view = make_view(sys.stderr)
-    try:
-        return _run(spec, url, executor_name, view)
-    except KeyboardInterrupt:
-        view.note(
-            "stopped at once; nothing finished is lost, and what was cut off will run again. "
-            "To go on: the same command"
-        )
-        raise typer.Exit(130) from None
+    with Stop(view) as stop:
+        try:
+            return _run(spec, url, executor_name, view, stop)
+        except KeyboardInterrupt:
+            why = "stopped at once"
+        except StoreUnreachable as error:
+            if not stop.asked:
+                raise
+            why = f"stopped without the store ({error})"
+    view.note(
+        f"{why}; nothing finished is lost, and what was cut off will run again. "
+        "To go on: the same command"
+    )
+    raise typer.Exit(130)
 
 
-def _run(spec: StudySpec, url: str, executor_name: str, view: View) -> Report:
+def _run(spec: StudySpec, url: str, executor_name: str, view: View, stop: Stop) -> Report:
     store = open_store(url)
     with _executor(executor_name, spec.workers) as executor:
         view.note(f"study {spec.name}: checking models and tasks")
@@ -54,14 +59,20 @@ def _run(spec: StudySpec, url: str, executor_name: str, view: View) -> Report:
                 return _mirror(url, record, genes)
 
             controller = build_controller(
-                record, store, executor, token, make_mirror=make_mirror, watch=view.update
+                record,
+                store,
+                executor,
+                token,
+                make_mirror=make_mirror,
+                watch=view.update,
+                note=view.note,
             )
-            with view, _gently(controller, view):
+            with view, stop.gently(controller):
                 done = controller.run()
     if not done:
         view.note(f"stopped; nothing is lost. To go on: {resume_command(spec.name, url)}")
         raise typer.Exit(130)
-    return build_report(record, store.trials(spec.name))
+    return stored_report(store.study(spec.name), store)
 
 
 def load_spec(path: Path, executor_name: str) -> StudySpec:
@@ -119,26 +130,6 @@ def _executor(name: str, workers: Workers) -> Iterator[Executor]:
         finished = True
     finally:
         executor.close(now=not finished)
-
-
-@contextlib.contextmanager
-def _gently(controller: Controller, view: View) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: let running attempts finish. Second: stop at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        again, asked = asked, True  # before the note: a second signal may come while it is written
-        controller.stop(now=again)
-        if not again:
-            view.note("stopping once the running attempts are done; press Ctrl-C again to stop now")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _mirror(url: str, record: StudyRecord, genes: Sequence[Gene]) -> Mirror | None:

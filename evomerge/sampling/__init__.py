@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evomerge.sampling.base import Sampler, Told
+from evomerge.sampling.base import Restart, Sampler, Told
 from evomerge.spec import SamplerSpec
 from evomerge.trial import Genome
 
-__all__ = ["Sampler", "Told", "make_sampler"]
+__all__ = ["Restart", "Sampler", "Told", "make_sampler"]
 
 
 def make_sampler(

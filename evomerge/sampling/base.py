@@ -35,12 +35,30 @@ class Told:
     tiebreak: float | None = None
 
 
+@dataclass(frozen=True)
+class Restart:
+    """The search began again somewhere else, after `trials` results were told, for a reason.
+
+    Restarts are numbered from 1. The populations are those of the run that ended and of the next.
+    """
+
+    number: int
+    trials: int
+    population_before: int
+    population_after: int
+    reason: str
+
+
 class Sampler(Protocol):
     """Proposes genomes and learns from results."""
 
     @property
     def population(self) -> int:
         """How many results are learned from at once. A restart may change it."""
+
+    @property
+    def restarts(self) -> tuple[Restart, ...]:
+        """Every restart so far; none where a sampler has no such thing."""
 
     @property
     def horizon(self) -> int:

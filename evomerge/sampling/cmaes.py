@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from evomerge.sampling.asynchronous import AsynchronousSampler
-from evomerge.sampling.base import Sampler, Told
+from evomerge.sampling.base import Restart, Sampler, Told
 from evomerge.sampling.distribution import Distribution, Vector
 from evomerge.sampling.generations import GenerationalSampler
 from evomerge.sampling.restarts import Run, next_run
@@ -73,6 +73,7 @@ class CmaEs:
         self._genes = len(init)
         self._levels = levels
         self.ended: list[Run] = []
+        self.restarts: list[Restart] = []
         self._began_at = self._changed_at = 0  # in numbers of results told
         self._run = Run(population, spec.sigma0)
         self._best = self._no_values()
@@ -129,7 +130,10 @@ class CmaEs:
         self.ended.append(replace(self._run, reason=reason))
         generator = random.Random(derived_seed(self._spec.seed, "restart", told - 1))
         mean = [generator.random() for _ in range(self._genes)]
-        self._run = next_run(self._spec.restarts, self.ended, generator)
+        before, self._run = self._run, next_run(self._spec.restarts, self.ended, generator)
+        self.restarts.append(
+            Restart(len(self.ended), told, before.population, self._run.population, reason)
+        )
         self._best = self._no_values()
         self._distribution = self._around(mean, self._run.sigma0)
         self._began_at = told
@@ -153,6 +157,11 @@ class GenerationalCmaEs(GenerationalSampler):
         super().__init__(genes=genes, objectives=1, population=search.population, ahead=ahead)
         self.search = search
 
+    @property
+    def restarts(self) -> tuple[Restart, ...]:
+        """Every restart so far, with why the run before it ended."""
+        return tuple(self.search.restarts)
+
     def _propose(self, index: int) -> Genome:
         return self.search.propose(index)
 
@@ -169,6 +178,11 @@ class AsynchronousCmaEs(AsynchronousSampler):
     def __init__(self, search: CmaEs, *, genes: int) -> None:
         super().__init__(genes=genes, objectives=1, population=search.population)
         self.search = search
+
+    @property
+    def restarts(self) -> tuple[Restart, ...]:
+        """Every restart so far, with why the run before it ended."""
+        return tuple(self.search.restarts)
 
     def _propose(self, index: int) -> Genome:
         return self.search.propose(index)

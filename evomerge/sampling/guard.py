@@ -9,7 +9,7 @@ import math
 
 from threadpoolctl import ThreadpoolController
 
-from evomerge.sampling.base import Told
+from evomerge.sampling.base import Restart, Told
 
 
 class GuardedSampler:
@@ -26,6 +26,11 @@ class GuardedSampler:
     def population(self) -> int:
         """How many results are learned from at once."""
         return self._population
+
+    @property
+    def restarts(self) -> tuple[Restart, ...]:
+        """None, but for a sampler that says otherwise."""
+        return ()
 
     def _check(self, result: Told) -> None:
         where = f"result {result.index}"

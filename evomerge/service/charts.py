@@ -13,18 +13,10 @@ from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 from evomerge.service.coefficients import Grid
+from evomerge.service.history import Dot
 from evomerge.service.measurement import Interval
 
 _LABEL_GAP = 16  # pixels between two labels' baselines, at least
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A trial in the history: its place in the search, and its score (None: it failed)."""
-
-    x: int
-    score: float | None
-    label: str
 
 
 @dataclass(frozen=True)
@@ -37,27 +29,31 @@ class Bar:
     kind: str
 
 
-def history(dots: Sequence[Dot], references: Mapping[str, float]) -> str:
-    """Every trial as a dot, the best so far as a line, references as dashed lines with a label."""
+def history(dots: Sequence[Dot], references: Mapping[str, float], *, scored: int) -> str:
+    """Trials as dots, the best so far as a line, references as dashed lines with a label.
+
+    `scored` is how many trials have a score, where there are more than dots.
+    """
     width, height, left, right, top, bottom = 760, 340, 52, 190, 12, 44
-    scored = [(dot, dot.score) for dot in dots if dot.score is not None]
-    y = _Scale([s for _, s in scored] + list(references.values()), height - bottom, top)
+    shown = [(dot, dot.score) for dot in dots if dot.score is not None]
+    y = _Scale([s for _, s in shown] + list(references.values()), height - bottom, top)
     x = _Scale([0, max([d.x for d in dots], default=1)], left, width - right, pad=0)
-    svg = _svg("history", width, height, "Scores on the search items", _history_words(scored))
+    words = _history_words(shown, scored)
+    svg = _svg("history", width, height, "Scores on the search items", words)
     _y_axis(svg, y, left, width - right)
     _x_axis(svg, x, height - bottom)
     for value in references.values():
         _line(svg, left, y(value), width - right, y(value), "reference")
     radius = 3.5 if len(dots) < 120 else 2.0
-    for dot, score in scored:
+    for dot, score in shown:
         circle = _add(svg, "circle", cx=x(dot.x), cy=y(score), r=radius, **{"class": "trial"})
         _add(circle, "title").text = _clean(f"{dot.label}: {score:.4f}")
     for dot in dots:
         if dot.score is None:
             _cross(svg, x(dot.x), height - bottom - 6, f"{dot.label}: failed")
     labels = [(f"{name} {value:.3f}", y(value), "label") for name, value in references.items()]
-    if scored:
-        best = _best_so_far(scored)
+    if shown:
+        best = _best_so_far(shown)
         _add(svg, "path", d=_steps(best, x, y, x(dots[-1].x)), **{"class": "best"})
         labels.append((f"best {best[-1][1]:.3f}", y(best[-1][1]), "label strong"))
     _side_labels(svg, labels, width - right, top + 8, height - bottom)
@@ -257,11 +253,11 @@ def _label(
     return element
 
 
-def _history_words(scored: Sequence[tuple[Dot, float]]) -> str:
-    if not scored:
+def _history_words(shown: Sequence[tuple[Dot, float]], scored: int) -> str:
+    if not shown:
         return "No trial has a score."
-    dot, score = max(scored, key=lambda entry: entry[1])
-    return f"{len(scored)} scored trials; the best is {dot.label} with {score:.4f}."
+    dot, score = max(shown, key=lambda entry: entry[1])
+    return f"{scored} scored trials; the best is {dot.label} with {score:.4f}."
 
 
 def _interval_words(interval: Interval | None) -> str:

@@ -1,6 +1,7 @@
 """The report of a study: who won, against whom, by how much, on items the search never saw.
 
-A pure function of the study and its trials. Says what the tests say and no more: "better" only
+A function of the study and its trials; of a study in a store no more is held in memory than the
+report shows. Says what the tests say and no more: "better" only
 where the paired test does after Holm's correction. Works for a study that is unfinished, failed or
 empty: what is missing is None, and `notes` say why. Knows nothing of HTML and terminals.
 """
@@ -9,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from evomerge.service.cost import Cost, cost
+from evomerge.sampling.base import Restart
+from evomerge.service.cost import Cost
+from evomerge.service.history import History
 from evomerge.service.measurement import Interval, Measurement, measure, to_json
+from evomerge.service.notices import restarts_of
+from evomerge.service.survey import Survey, cause, objective_weights, search_mean
 from evomerge.service.verdict import best_baseline, finalists, to_score, winner
-from evomerge.store.base import StudyRecord
+from evomerge.store.base import Refusal, StudyRecord, StudyStore
 from evomerge.trial import Kind, Part, Score, State, TaskScore, Trial
 
 if TYPE_CHECKING:
@@ -101,7 +106,8 @@ class Report:
     """Everything the report says.
 
     `leader` is the best on the search items alone, which is no winner. `finished` is whether the
-    winner is final. `notes` say in sentences what failed and what is still to come.
+    winner is final. `notes` say in sentences what failed and what is still to come. `references`
+    are the best baseline of each kind on the search items, by title.
     """
 
     study: str
@@ -118,6 +124,10 @@ class Report:
     finished: bool
     notes: tuple[str, ...]
     verdict: str
+    history: History
+    references: Mapping[str, float]
+    restarts: tuple[Restart, ...]
+    refused: Mapping[Refusal, int]
 
     def to_json(self) -> dict[str, Any]:
         """One JSON document; its keys are stable."""
@@ -132,17 +142,30 @@ class Report:
             "comparisons": [outcome.to_json() for outcome in self.comparisons],
             "pareto": [candidate.to_full_json() for candidate in self.front],
             "cost": self.cost.to_json(),
+            "restarts": [asdict(restart) for restart in self.restarts],
+            "refused": dict(self.refused),
             "verdict": self.verdict,
             "finished": self.finished,
             "notes": list(self.notes),
         }
 
 
-def build_report(record: StudyRecord, trials: Sequence[Trial]) -> Report:
-    """Report on a study as it stands.
+def stored_report(record: StudyRecord, store: StudyStore) -> Report:
+    """Report on a study in a store, as it stands."""
+    survey = Survey.read(record, store, whole=True)
+    return _report(record, survey, store.refusals(record.name))
 
-    `trials` are all of them; those scored on the report part must hold its per-item outcomes.
+
+def build_report(record: StudyRecord, trials: Iterable[Trial]) -> Report:
+    """Report on a study from all of its trials.
+
+    Those scored on the report part must hold its per-item outcomes.
     """
+    return _report(record, Survey.of(record, trials), {})
+
+
+def _report(record: StudyRecord, survey: Survey, refused: Mapping[Refusal, int]) -> Report:
+    trials = survey.kept
     weights = objective_weights(record.spec)
     budget = record.spec["budget"]
     planned, count = int(budget["trials"]), int(budget.get("finalists", 8))
@@ -156,28 +179,27 @@ def build_report(record: StudyRecord, trials: Sequence[Trial]) -> Report:
     champion = candidate(winner(trials, weights))
     fixed = {name: candidate(best_baseline(trials, k, weights)) for name, k in BASELINES.items()}
     outcomes = _outcomes(champion, fixed, weights)
-    progress = _unfinished(trials, count, planned, weights)
+    progress = _unfinished(survey, count, planned, weights)
     return Report(
         study=record.name,
         weights=weights,
-        counts=_counts(trials),
-        search_counts={**_counts(searched), "planned": planned},
+        counts=_counts(survey.states),
+        search_counts={**_counts(survey.searched), "planned": planned},
         winner=champion,
         leader=candidate(ranked[0]) if ranked and not pareto else None,
         baselines=fixed,
         sources={t.label: candidate(t) for t in trials if t.kind == "source"},
         comparisons=outcomes,
         front=tuple(_candidate(t, weights) for t in ranked) if pareto else (),
-        cost=cost(trials),
+        cost=survey.costs.total(),
         finished=not progress,
-        notes=(*_failures(trials), *progress),
-        verdict=_overall(champion, outcomes, searched, finished=not progress),
+        notes=(*_failures(survey), *progress),
+        verdict=_overall(champion, outcomes, survey.searched, finished=not progress),
+        history=survey.history,
+        references=_references(trials, weights),
+        restarts=tuple(restarts_of(record)),
+        refused=refused,
     )
-
-
-def objective_weights(spec: Mapping[str, Any]) -> dict[str, float]:
-    """Each task's weight, from the JSON of a StudySpec."""
-    return {t["task"]: float(t.get("weight", 1.0)) for t in spec["objective"]["tasks"]}
 
 
 def _candidate(trial: Trial, weights: Mapping[str, float]) -> Candidate:
@@ -192,8 +214,19 @@ def title_of(trial: Trial) -> str:
     return f"source {trial.label}" if trial.kind == "source" else trial.label
 
 
-def _counts(trials: Sequence[Trial]) -> dict[str, int]:
-    states = Counter(trial.state for trial in trials)
+def _references(trials: Sequence[Trial], weights: Mapping[str, float]) -> dict[str, float]:
+    """The best baseline of each kind on the search items."""
+    best: dict[str, tuple[float, str]] = {}
+    for trial in trials:
+        mean = search_mean(trial, weights)
+        if trial.kind == "search" or mean is None:
+            continue
+        if trial.kind not in best or mean > best[trial.kind][0]:
+            best[trial.kind] = (mean, title_of(trial))
+    return {title: mean for mean, title in best.values()}
+
+
+def _counts(states: Counter[State]) -> dict[str, int]:
     return {
         "complete": states[State.COMPLETE],
         "failed": states[State.FAIL],
@@ -306,12 +339,12 @@ _CLAUSES: Mapping[Verdict, str] = {
 def _overall(
     champion: Candidate | None,
     outcomes: Sequence[Outcome],
-    searched: Sequence[Trial],
+    searched: Counter[State],
     *,
     finished: bool,
 ) -> str:
     if champion is None:
-        if searched and all(t.state is State.FAIL for t in searched):
+        if searched.total() and searched[State.FAIL] == searched.total():
             return "There is no winner: every trial of the search failed."
         return "There is no winner." if finished else "There is no winner yet."
     if not outcomes:
@@ -338,13 +371,13 @@ def _named(titles: Sequence[str]) -> str:
 
 
 def _unfinished(
-    trials: Sequence[Trial], count: int, planned: int, weights: Mapping[str, float]
+    survey: Survey, count: int, planned: int, weights: Mapping[str, float]
 ) -> list[str]:
     """One sentence for each thing that is still to come."""
-    finished = sum(t.kind == "search" and t.state.finished for t in trials)
+    finished = survey.counts.finished
     if finished < planned:
         return [f"The search has finished {finished} of {planned} trials."]
-    open_ = to_score(trials, count, weights)
+    open_ = to_score(survey.kept, count, weights)
     return [
         f"Not scored on the {part} items: {_named(titles)}."
         for part in ("selection", "report")
@@ -352,21 +385,15 @@ def _unfinished(
     ]
 
 
-def _failures(trials: Sequence[Trial]) -> list[str]:
+def _failures(survey: Survey) -> list[str]:
     sentences = [
-        f"Baseline {title_of(t)} failed: {_cause(t)}."
-        for t in trials
+        f"Baseline {title_of(t)} failed: {cause(t)}."
+        for t in survey.kept
         if t.kind != "search" and t.state is State.FAIL
     ]
-    failed = [t for t in trials if t.kind == "search" and t.state is State.FAIL]
+    failed = survey.searched[State.FAIL]
     if failed:
-        cause, times = Counter(_cause(t) for t in failed).most_common(1)[0]
-        who = "1 trial" if len(failed) == 1 else f"{len(failed)} trials"
-        sentences.append(f"{who} of the search failed; most often ({times}): {cause}.")
+        most, times = survey.causes.most_common(1)[0]
+        who = "1 trial" if failed == 1 else f"{failed} trials"
+        sentences.append(f"{who} of the search failed; most often ({times}): {most}.")
     return sentences
-
-
-def _cause(trial: Trial) -> str:
-    if trial.failure is None:
-        return "no cause recorded"
-    return f"{trial.failure.error}: {trial.failure.message.strip().rstrip('.')}"

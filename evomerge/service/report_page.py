@@ -7,7 +7,6 @@ is escaped: by the template, and by the element tree that the charts are built a
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -19,17 +18,20 @@ from markupsafe import Markup
 
 from evomerge.merging.recipe import Recipe
 from evomerge.service import charts
-from evomerge.service.charts import Bar, Dot
+from evomerge.service.charts import Bar
 from evomerge.service.coefficients import Coefficients, coefficients, typical_tensors
 from evomerge.service.cost import Cost
+from evomerge.service.history import History
 from evomerge.service.measurement import Interval
-from evomerge.service.report import Candidate, Outcome, Report, p_text, title_of
+from evomerge.service.notices import RESTARTS, refusals_text, restart_texts
+from evomerge.service.report import Candidate, Outcome, Report, p_text
 from evomerge.service.report_table import Row, rows_of
 from evomerge.store.base import StudyRecord
-from evomerge.trial import State, Trial
 
 _UNKNOWN_DEPTH = 8  # layers drawn for a model whose number of layers was not recorded
-_BULKY = ("tensors", "items", "digests")  # parts of an inspection that no one reads on a page
+# parts of an inspection that no one reads on a page, or that it has elsewhere
+_BULKY = ("tensors", "items", "digests", RESTARTS)
+_MOST_RESTARTS = 20
 _PHASES = {
     "load": "loading models",
     "materialise": "building candidates",
@@ -39,8 +41,8 @@ _PHASES = {
 Fact = tuple[str, str]
 
 
-def render(report: Report, record: StudyRecord, trials: Sequence[Trial]) -> str:
-    """The page as text. `trials` are those that the report was built from."""
+def render(report: Report, record: StudyRecord) -> str:
+    """The page as text."""
     environment = Environment(
         loader=PackageLoader("evomerge.service", ""),
         autoescape=True,
@@ -58,7 +60,9 @@ def render(report: Report, record: StudyRecord, trials: Sequence[Trial]) -> str:
         comparisons=[_comparison_cells(outcome) for outcome in report.comparisons],
         front=[(c.title, c.parts.get("report") or c.parts.get("search")) for c in report.front],
         bars=_bars(rows),
-        history=_history(report, trials),
+        history=_history(report),
+        thinned=_thinned(report.history),
+        restarts=restart_texts(report.restarts, _MOST_RESTARTS),
         shown=shown,
         heat=heat,
         heat_maps=[] if heat is None else _heat_maps(heat),
@@ -98,6 +102,7 @@ def _facts(report: Report, record: StudyRecord) -> list[Fact]:
         ("sampler", f"{sampler.get('name', 'cmaes')}, seed {sampler.get('seed', 0)}"),
         ("sources", ", ".join(record.spec["sources"])),
         ("mean of", weighted),
+        *([("results refused", refused)] if (refused := refusals_text(report.refused)) else []),
     ]
 
 
@@ -137,35 +142,21 @@ def _bar(label: str, value: float, interval: Interval | None) -> Bar:
     return Bar(label, value, interval, "winner" if label.startswith("winner ") else "baseline")
 
 
-def _history(report: Report, trials: Sequence[Trial]) -> Markup | None:
-    searched = [t for t in trials if t.kind == "search" and t.state.finished]
-    if not searched:
+def _history(report: Report) -> Markup | None:
+    dots = report.history.dots()
+    if not dots:
         return None
-    first = min(t.number for t in trials if t.kind == "search")
-    dots = [
-        Dot(t.number - first + 1, _search_mean(t, report.weights), f"trial {t.number}")
-        for t in searched
-    ]
-    return Markup(charts.history(dots, _references(trials, report.weights)))
+    return Markup(charts.history(dots, report.references, scored=report.history.scored))
 
 
-def _references(trials: Sequence[Trial], weights: Mapping[str, float]) -> dict[str, float]:
-    """The best baseline of each kind on the search items."""
-    best: dict[str, tuple[float, str]] = {}
-    for trial in trials:
-        mean = _search_mean(trial, weights)
-        if trial.kind == "search" or mean is None:
-            continue
-        if trial.kind not in best or mean > best[trial.kind][0]:
-            best[trial.kind] = (mean, title_of(trial))
-    return {title: mean for mean, title in best.values()}
-
-
-def _search_mean(trial: Trial, weights: Mapping[str, float]) -> float | None:
-    if trial.state is not State.COMPLETE or "search" not in trial.scores:
-        return None
-    (mean,) = trial.scores["search"].values(weights, pareto=False)
-    return mean if math.isfinite(mean) else None
+def _thinned(history: History) -> str:
+    """What of the trials is drawn, where that is not all."""
+    if history.each == 1:
+        return ""
+    return (
+        f"Of every {history.each} trials in a row the best, the worst and one failed trial are "
+        "drawn; the blue line is that of all."
+    )
 
 
 def _coefficients(candidate: Candidate, record: StudyRecord) -> Coefficients | None:

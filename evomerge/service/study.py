@@ -25,6 +25,7 @@ from evomerge.service.dispatch import Dispatcher
 from evomerge.service.executor import Executor, Setup
 from evomerge.service.ledger import Clock, Ledger, utc_now
 from evomerge.service.liveness import is_dead, process_start
+from evomerge.service.notices import RestartLog, kept_restarts
 from evomerge.service.progress import Progress
 from evomerge.service.standing import standing, work_done
 from evomerge.service.warm_start import good_genomes
@@ -83,6 +84,7 @@ def open_study(
         )
     # what the study started from stays, whatever has become of the earlier study since
     start = {key: value for key, value in known.inspection.items() if key == "warm_start"}
+    start |= kept_restarts(known)
     return replace(record, inspection=inspection | start, created_at=known.created_at)
 
 
@@ -114,9 +116,13 @@ def build_controller(
     *,
     make_mirror: MakeMirror = lambda record, genes: None,
     watch: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda text: None,
     clock: Clock = utc_now,
 ) -> Controller:
-    """The controller of a study, its baselines recorded, ready to run."""
+    """The controller of a study, its baselines recorded, ready to run.
+
+    `watch` is shown where the study stands, `note` what is worth a line of its own.
+    """
     spec = StudySpec.model_validate(record.spec)
     models, space = Models.of(record), load_space(record.spec["space"])
     genes = space.genes(list(models.sources))
@@ -136,23 +142,27 @@ def build_controller(
     executor.prepare(Setup(record.spec, record.inspection["digests"], models.dtype, fingerprint))
     work_before, started_s = work_done(spec, ledger.counts_before), time.monotonic()
 
+    sampler = make_sampler(
+        spec.sampler,
+        genes=len(genes),
+        init=space.start(list(models.sources)),
+        objectives=len(spec.objective.tasks) if spec.objective.aggregate == "pareto" else 1,
+        gene_names=[gene.name for gene in genes],
+        levels=[gene.levels for gene in genes],
+        promising=record.inspection.get("warm_start", ()),
+    )
+    log = RestartLog(store, record, token, sampler, note)
+
     def show(ledger: Ledger, running: int) -> None:
         elapsed_s = time.monotonic() - started_s
+        log.update()
         watch(standing(spec, ledger.trials, counts=ledger.counts, running=running,
                        elapsed_s=elapsed_s, work_before=work_before))  # fmt: skip
 
     return Controller(
         spec,
         ledger,
-        make_sampler(
-            spec.sampler,
-            genes=len(genes),
-            init=space.start(list(models.sources)),
-            objectives=len(spec.objective.tasks) if spec.objective.aggregate == "pareto" else 1,
-            gene_names=[gene.name for gene in genes],
-            levels=[gene.levels for gene in genes],
-            promising=record.inspection.get("warm_start", ()),
-        ),
+        sampler,
         Dispatcher(spec, ledger, executor),
         _proposer(space, models, spec.sampler.seed),
         mirror=mirror,

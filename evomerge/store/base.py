@@ -157,6 +157,11 @@ class StudyStore(Protocol):
         With `outcomes=False` per-item outcomes are left empty, which is much faster.
         """
 
+    def outlines(self, study: str, *, numbers: range, attempts: bool = False) -> Sequence[Trial]:
+        """The trials of a range (of step 1) without what makes them large, for reading a long study
+        through: no genome, an empty recipe, no per-item outcomes, and no attempts but where asked.
+        """
+
     def told(self, study: str, *, after: int = -1, limit: int) -> Sequence[Tell]:
         """What was told, in the order of tells: the first `limit` of a later place than `after`."""
 

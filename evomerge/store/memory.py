@@ -114,6 +114,17 @@ class MemoryStore:
             return found
         return [replace(trial, scores=rules.without_outcomes(trial.scores)) for trial in found]
 
+    def outlines(self, study: str, *, numbers: range, attempts: bool = False) -> Sequence[Trial]:
+        return [
+            replace(
+                trial,
+                genome=None,
+                recipe={},
+                attempts=trial.attempts if attempts else (),
+            )
+            for trial in self.trials(study, outcomes=False, numbers=numbers)
+        ]
+
     def told(self, study: str, *, after: int = -1, limit: int) -> Sequence[Tell]:
         with self._reading(study) as kept:
             found = [

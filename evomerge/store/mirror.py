@@ -11,6 +11,7 @@ leave behind. For a schema of Optuna's that is not the one known here, its own c
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,15 +20,21 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    distribution_to_json,
+)
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from evomerge.errors import StoreError, StoreUnreachable
+from evomerge.space.scales import level_of
 from evomerge.store import IN_MEMORY
 from evomerge.store.engine import LOCK_WAIT_S, CommitUnknown, make_engine, transaction
-from evomerge.trial import State, Trial
+from evomerge.trial import Genome, State, Trial
 
 KEY = "evomerge_number"
 MAX_PARAMETERS = 30  # the dashboard's answer grows with each: 300 of them make it 22 MB
@@ -62,8 +69,9 @@ class OptunaMirror:
     """The Optuna study `study_name` in the database at `url`, created if it is missing.
 
     `directions` objectives are all maximised. The first `MAX_PARAMETERS` genes appear as Optuna
-    parameters in [0, 1]; a study's whole genomes are in the store alone. One process at a time
-    mirrors a study: its controller. Raises StoreError.
+    parameters, those with `values` (by name) as one of them, the others in [0, 1]; a study's whole
+    genomes are in the store alone. One process at a time mirrors a study: its controller. Raises
+    StoreError.
     """
 
     def __init__(
@@ -73,12 +81,17 @@ class OptunaMirror:
         *,
         directions: int,
         gene_names: Sequence[str],
+        values: Mapping[str, Sequence[float]] | None = None,
         metric_names: Sequence[str] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._storage = open_storage(url)
         self._genes = tuple(gene_names)[:MAX_PARAMETERS]
-        self._distributions: dict[str, BaseDistribution] = dict.fromkeys(self._genes, _UNIT)
+        self._values = {k: tuple(v) for k, v in (values or {}).items() if k in self._genes}
+        self._distributions: dict[str, BaseDistribution] = {
+            name: CategoricalDistribution(self._values[name]) if name in self._values else _UNIT
+            for name in self._genes
+        }
         self._study_id = _open_study(self._storage, study_name, directions, metric_names)
         self._engine = make_engine(url)
         self._tables: dict[str, sa.Table] | None = None
@@ -141,16 +154,23 @@ class OptunaMirror:
 
     def _template(self, trial: Trial) -> FrozenTrial:
         started, ended = _times(trial)
-        genome = trial.genome
+        parameters = {} if trial.genome is None else self._parameters(trial.genome)
         template = create_trial(
             state=_STATES[trial.state],
             values=trial.values if trial.state is State.COMPLETE else None,
-            params={} if genome is None else dict(zip(self._genes, genome, strict=False)),
-            distributions={} if genome is None else self._distributions,
+            params=parameters,
+            distributions=self._distributions if parameters else {},
             user_attrs=_attributes(trial),
         )
         template.datetime_start, template.datetime_complete = started, ended
         return template
+
+    def _parameters(self, genome: Genome) -> dict[str, float]:
+        """The genes shown: of a discrete one the value that it decodes to."""
+        return {
+            name: known[level_of(u, len(known))] if (known := self._values.get(name)) else u
+            for name, u in zip(self._genes, genome, strict=False)
+        }
 
 
 def _open_study(
@@ -256,16 +276,20 @@ def _value_rows(key: int, template: FrozenTrial) -> list[dict[str, Any]]:
 
 
 def _parameter_rows(key: int, template: FrozenTrial) -> list[dict[str, Any]]:
-    distribution = distribution_to_json(_UNIT)
     return [
         {
             "trial_id": key,
             "param_name": name,
-            "param_value": value,
-            "distribution_json": distribution,
+            "param_value": template.distributions[name].to_internal_repr(value),
+            "distribution_json": _distribution_json(template.distributions[name]),
         }
         for name, value in template.params.items()
     ]
+
+
+@functools.cache
+def _distribution_json(distribution: BaseDistribution) -> str:
+    return distribution_to_json(distribution)
 
 
 def _attribute_rows(key: int, template: FrozenTrial) -> list[dict[str, Any]]:

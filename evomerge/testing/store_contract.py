@@ -36,7 +36,7 @@ from evomerge.testing.store_claims import TestsOfClaims
 from evomerge.testing.store_fencing import TestsOfFencing
 from evomerge.testing.store_leases import TestsOfAttemptLeases, TestsOfRefusals
 from evomerge.testing.store_margins import TestsOfMargins
-from evomerge.trial import Attempt, Failure, Score, State, TaskScore, Trial
+from evomerge.trial import Attempt, Failure, Part, Score, State, TaskScore, Trial
 
 
 class TestsOfStudies:
@@ -129,6 +129,29 @@ class TestsOfTrials:
         assert list(study.store.trials("s", numbers=range(1, 3))) == every[1:3]
         assert list(study.store.trials("s", numbers=range(3, 9))) == every[3:]
         assert list(study.store.trials("s", numbers=range(4, 9))) == []
+
+    @pytest.mark.parametrize("attempts", [False, True])
+    def test_outlines_are_the_trials_without_what_makes_them_large(
+        self, study: StudyUnderTest, attempts: bool
+    ) -> None:
+        study.store.create_trials("s", [new_trial(n) for n in (2, 3)], controller="c1")
+        parts: tuple[tuple[int, Part], ...] = ((0, "search"), (0, "report"), (2, "search"))
+        for number, part in parts:
+            study.start(number, part, token=f"t{number}{part}")
+            study.finish(f"t{number}{part}")
+        study.start(1, token="bad")
+        study.fail("bad")
+        study.store.mark_told("s", {2: 0}, controller="c1")
+        for numbers in (range(9), range(1, 3), range(4, 9)):
+            assert list(study.store.outlines("s", numbers=numbers, attempts=attempts)) == [
+                replace(
+                    trial,
+                    genome=None,
+                    recipe={},
+                    attempts=trial.attempts if attempts else (),
+                )
+                for trial in study.store.trials("s", outcomes=False, numbers=numbers)
+            ]
 
     @pytest.mark.parametrize("numbers", [(2, 1), (2, 2)])
     def test_trials_are_created_all_or_none(

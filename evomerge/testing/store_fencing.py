@@ -34,6 +34,7 @@ READS: dict[str, Callable[[StudyUnderTest], object]] = {
     "acquire": lambda s: s.store.acquire(s.name, holder(), now=NOW),
     "controller": lambda s: s.store.controller(s.name),
     "trials": lambda s: s.store.trials(s.name),
+    "outlines": lambda s: s.store.outlines(s.name, numbers=range(9)),
     "trial": lambda s: s.trial(),
     "refusals": lambda s: s.store.refusals(s.name),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -188,10 +189,18 @@ def test_a_restart_doubles_the_population_under_every_schedule(schedule):
     assert runs
     assert [run.population for run in runs] == [6 * 2**i for i in range(len(runs))]
     assert sampler.population == 6 * 2 ** len(runs)
+    told = itertools.accumulate(run.results for run in runs)
+    assert [(r.number, r.population_before, r.population_after) for r in sampler.restarts] == [
+        (number, 6 * 2 ** (number - 1), 6 * 2**number) for number in range(1, len(runs) + 1)
+    ]
+    assert [r.reason for r in sampler.restarts] == [run.reason for run in runs]
+    if schedule == "generational":  # where every result belongs to the run under way
+        assert [r.trials for r in sampler.restarts] == list(told)
     again = cmaes(2, schedule=schedule)
     for result in results[:1400]:
         again.tell(result)
     assert go_on(again, range(1400, 1500), sphere) == results[1400:]
+    assert again.restarts == sampler.restarts
 
 
 def test_a_converged_search_starts_again_elsewhere():

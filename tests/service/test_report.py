@@ -11,9 +11,11 @@ from typing import Any
 
 import fake_study as fake
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from evomerge.service.cost import cost, covered_s
+from evomerge.service.cost import cost, covered_us
 from evomerge.service.measurement import interval, measure
 from evomerge.service.report import Report, build_report
 from evomerge.service.report_table import final_text, print_report
@@ -289,11 +291,11 @@ def test_cost_adds_up_attempts_and_finds_idle_time() -> None:
     assert spent.overhead_s == pytest.approx((1.9 - 1.7) + (3.0 - 2.75))
 
 
-def test_overlapping_spans_count_once() -> None:
-    def at(seconds: float) -> Any:
-        return fake.START + timedelta(seconds=seconds)
-
-    assert covered_s([(at(0), at(4)), (at(1), at(2)), (at(3), at(6)), (at(8), at(9))]) == 7.0
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), max_size=12))
+def test_overlapping_spans_count_once(spans: list[tuple[int, int]]) -> None:
+    covered = {t for start, length in spans for t in range(start, start + length)}
+    starts, ends = [s for s, _ in spans], [s + length for s, length in spans]
+    assert covered_us(starts, ends) == len(covered)
 
 
 def test_the_text_table_is_aligned_markdown_and_honest() -> None:

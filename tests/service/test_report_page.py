@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import fake_study as fake
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from evomerge.merging.layout import layout
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.merging.values import resolve
+from evomerge.sampling import Restart
 from evomerge.service import charts
-from evomerge.service.charts import Bar, Dot
+from evomerge.service.charts import Bar
 from evomerge.service.coefficients import coefficients, typical_tensors
+from evomerge.service.history import MOST_RUNS, Dot, History
 from evomerge.service.report import build_report
 from evomerge.service.report_page import render
 from evomerge.store.base import StudyRecord
@@ -55,7 +60,7 @@ class Page(HTMLParser):
 
 
 def page_of(study: StudyRecord, trials: list[Trial]) -> str:
-    return render(build_report(study, trials), study, trials)
+    return render(build_report(study, trials), study)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +232,7 @@ def test_the_history_has_a_dot_for_each_trial_and_a_rising_line() -> None:
         Dot(3, 0.6, "trial 3"),
         Dot(4, 0.4, ""),
     ]
-    root = ET.fromstring(charts.history(dots, {"base": 0.3}))
+    root = ET.fromstring(charts.history(dots, {"base": 0.3}, scored=3))
     circles = root.findall(f"{SVG}circle")
     heights = [float(circle.get("cy", "")) for circle in circles]
     assert len(circles) == 3
@@ -254,4 +259,73 @@ def test_bars_below_zero_end_at_zero() -> None:
 
 @pytest.mark.parametrize("score", [0.0, 0.5, -3.0, 1e6])
 def test_a_history_of_one_value_has_a_scale(score: float) -> None:
-    ET.fromstring(charts.history([Dot(1, score, "x")], {}))
+    ET.fromstring(charts.history([Dot(1, score, "x")], {}, scored=1))
+
+
+def test_a_short_history_is_shown_whole() -> None:
+    history = History()
+    dots = [Dot(x, None if x % 7 == 0 else x % 11 / 11, f"trial {x}") for x in range(1, 601)]
+    for dot in dots:
+        history.put(dot)
+    assert history.dots() == dots
+    assert history.each == 1
+
+
+@given(st.integers(601, 2500), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_a_long_history_keeps_the_extremes_of_every_run(count: int, seed: int) -> None:
+    drawn = np.random.default_rng(seed).integers(-2, 6, count).tolist()
+    scores = [None if score < 0 else float(score) for score in drawn]
+    history = History()
+    dots = [Dot(x, score, "") for x, score in enumerate(scores, 1)]
+    for dot in dots:
+        history.put(dot)
+    shown = history.dots()
+    assert len(shown) <= 3 * MOST_RUNS
+    assert history.scored == sum(score is not None for score in scores)
+    each = -(-len(scores) // MOST_RUNS)
+    assert history.each == 2 ** (each - 1).bit_length()
+    for first in range(0, len(scores), history.each):
+        run = dots[first : first + history.each]
+        scored = [dot for dot in run if dot.score is not None]
+        expected = {dot.x for dot in run if dot.score is None and dot == _first_failed(run)}
+        if scored:
+            expected.add(min(scored, key=lambda d: (-(d.score or 0.0), d.x)).x)
+            expected.add(min(scored, key=lambda d: (d.score or 0.0, d.x)).x)
+        assert {dot.x for dot in shown if first < dot.x <= first + history.each} == expected
+
+
+def _first_failed(run: list[Dot]) -> Dot:
+    return next(dot for dot in run if dot.score is None)
+
+
+def test_a_thinned_history_says_so() -> None:
+    study = fake.record(trials=1300)
+    rng = np.random.default_rng(0)
+    trials = fake.finished(fake.record(trials=12))
+    first = trials[-1]
+    more = [
+        replace(first, number=first.number + n, values=(float(rng.random()),)) for n in range(1300)
+    ]
+    text = Page(page_of(study, [*trials, *more])).text
+    assert "Of every 4 trials in a row the best, the worst and one failed trial are drawn" in text
+    assert "1312 scored trials; the best is" in text
+
+
+def test_restarts_and_refusals_are_told() -> None:
+    study = fake.record()
+    restarts = [Restart(1, 40, 8, 16, "steps are <small>"), Restart(2, 90, 16, 32, "flat")]
+    inspection = {**study.inspection, "restarts": [asdict(r) for r in restarts]}
+    study = replace(study, inspection=inspection)
+    report = replace(build_report(study, fake.finished(study)), refused={"late": 2, "stray": 1})
+    page = Page(render(report, study))
+    assert "restart 1 after 40 trials, population 8 to 16: steps are <small>" in page.text
+    assert "restart 2 after 90 trials" in page.text
+    assert "2 late, 1 stray" in page.text
+    found = report.to_json()
+    assert found["restarts"] == inspection["restarts"]
+    assert found["refused"] == {"late": 2, "stray": 1}
+    calm = fake.record()
+    text = Page(page_of(calm, fake.finished(calm))).text
+    assert "began again" not in text
+    assert "refused" not in text
