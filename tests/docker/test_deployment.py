@@ -42,6 +42,11 @@ def pods(thing: Any) -> Iterator[dict[str, Any]]:
             yield from pods(value)
 
 
+def ray_pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pod specs of the Ray cluster: the head's, then each worker group's."""
+    return list(pods(one(objects, "RayCluster", "evomerge")))
+
+
 def one(objects: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
     (found,) = [o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name]
     return found
@@ -136,6 +141,38 @@ class TestKubeRay:
             for container in pod["containers"]:
                 assert container["resources"]["limits"]["memory"]
                 assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+    def test_ray_pods_answer_probes_that_need_nothing_but_python(
+        self, objects: list[dict[str, Any]]
+    ) -> None:
+        """KubeRay's own call wget, which the slim images lack: it would end every pod."""
+        for container in (pod["containers"][0] for pod in ray_pods(objects)):
+            for probe in (container["livenessProbe"], container["readinessProbe"]):
+                assert probe["exec"]["command"][:2] == ["python", "-c"]
+                compile(probe["exec"]["command"][2], "probe", "exec")
+
+    def test_a_node_is_not_killed_while_ray_drains_it(self, objects: list[dict[str, Any]]) -> None:
+        for pod in ray_pods(objects):
+            environment = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
+            drain_s = float(environment.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
+            assert drain_s < pod["terminationGracePeriodSeconds"]
+
+    def test_what_must_not_be_evicted_is_selected_by_its_budget(
+        self, objects: list[dict[str, Any]]
+    ) -> None:
+        database = one(objects, "StatefulSet", "evomerge-postgres")["spec"]["template"]["metadata"]
+        budget = one(objects, "PodDisruptionBudget", "evomerge-postgres")["spec"]
+        assert budget["selector"]["matchLabels"] == database["labels"]
+        head = one(objects, "PodDisruptionBudget", "evomerge-head")["spec"]["selector"]
+        name = one(objects, "RayCluster", "evomerge")["metadata"]["name"]
+        assert head["matchLabels"] == {"ray.io/cluster": name, "ray.io/node-type": "head"}
+
+    def test_a_job_that_is_stopped_may_finish_its_attempts(
+        self, objects: list[dict[str, Any]]
+    ) -> None:
+        job = one(objects, "RayJob", "evomerge-study")["spec"]
+        environment = yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]
+        assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
 
     def test_every_name_that_is_used_is_there(self, objects: list[dict[str, Any]]) -> None:
         secret = one(objects, "Secret", "evomerge-store")["stringData"]
