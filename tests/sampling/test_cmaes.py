@@ -102,6 +102,22 @@ def test_a_tiebreak_decides_between_equals_only():
     assert told([1.0] * 8, strict) == told(strict, [None] * 8), "no tie is left that would widen"
 
 
+def test_a_run_goes_on_while_its_margins_grow():
+    """On one plateau for more generations than end a run whose values and margins stay the same."""
+
+    def restarts(margin):
+        sampler = cmaes(4)
+        for index in range(60 * sampler.population):
+            genome = sampler.ask(index)
+            sampler.tell(Told(index, genome, (0.5,), tiebreak=margin(genome)))
+            if sampler.search.ended:
+                break
+        return [run.reason for run in sampler.search.ended]
+
+    assert "has not changed in 25 generations" in restarts(lambda genome: 1.0)[0]
+    assert restarts(lambda genome: sphere(genome)[0]) == []
+
+
 @pytest.mark.parametrize("schedule", ["generational", "pipelined", "asynchronous"])
 @pytest.mark.parametrize(("genes", "levels"), [(5, 0), (5, 2), (120, 0)])
 @pytest.mark.parametrize("value", [None, (0.5,)])
