@@ -121,7 +121,8 @@ class Evaluation(_Section):
 class Workers(_Section):
     """Who runs attempts, with how much of a machine each; an attempt whose worker gives no sign of
     life for `lease_s` seconds, while it loads a model or scores, is lost and counts as one of
-    `max_attempts`.
+    `max_attempts`. Of studies that share a store and a pool of workers, one of a higher `priority`
+    has all the workers it asks for before the next one has any.
     """
 
     count: int = Field(default=1, ge=1)
@@ -129,6 +130,7 @@ class Workers(_Section):
     num_gpus: float = Field(default=0, ge=0)
     lease_s: float = Field(default=3600, gt=0)
     max_attempts: int = Field(default=3, ge=1)
+    priority: int = Field(default=0, ge=-1000, le=1000)
 
 
 class StudySpec(_Section):

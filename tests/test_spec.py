@@ -72,7 +72,7 @@ evaluation: {dtype: bfloat16, batch_size: auto, device: auto}
             "unknown key 'objective.tasks.0.wieght'; did you mean 'weight'?",
         ),
         ({"workers": {"zzz": 1}}, "unknown key 'workers.zzz'; known: count, lease_s, "
-         "max_attempts, num_cpus, num_gpus"),
+         "max_attempts, num_cpus, num_gpus, priority"),
         ({"budget": {"trials": 0}}, "budget.trials: expected a number greater than or equal to 1"
          ", got 0"),
         ({"budget": {"trials": "x"}}, "budget.trials: expected a whole number, got 'x'"),

@@ -26,7 +26,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evomerge.errors import InfrastructureError, NodeLost, UserError, WorkerLost
-from evomerge.service.executor import Event, Job, Setup
+from evomerge.service.executor import Event, Job, Pool, Setup
 from evomerge.service.wire import event_of, read_inspection
 from evomerge.spec import Workers
 from evomerge.trial import Failure
@@ -36,6 +36,7 @@ _BOOT_S = 900.0  # an autoscaler may have to start a machine and pull an image f
 _BOOTS = 3
 _ASK_EVERY_S = 1.0
 _LONGEST_REST_S = 64.0
+_CROWD_S = 15.0  # longer than a controller takes to learn that its share has grown
 _NODE_DIED = "its node has died"  # of an ActorDiedError only the text says it
 
 
@@ -85,6 +86,8 @@ class RayExecutor:
         self._actor = actor
         self._time_s = time_s
         self._slots: list[_Slot] = []
+        self._limit = workers.count
+        self._crowd_until_s = 0.0  # until then nothing is asked for above the limit
         self._running: dict[Any, _Slot] = {}  # result ref -> slot
         self._setup: Setup | None = None
         self._owns_ray = not ray.is_initialized()
@@ -120,9 +123,26 @@ class RayExecutor:
 
     def free(self) -> int:
         """See Executor.free. An actor counts once the cluster has placed it."""
+        self._give_back()
         self._grow()
         now_s = self._time_s()
-        return sum(slot.is_free(now_s) for slot in self._slots)
+        idle = sum(slot.is_free(now_s) for slot in self._slots)
+        return max(0, min(idle, self._limit - len(self._running)))
+
+    def pool(self) -> Pool:
+        """See Executor.pool: the cluster's live nodes. No node holds a part of a worker."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        worker = {"CPU": float(self._workers.num_cpus), "GPU": self._workers.num_gpus}
+        fits = [min(node.get(r, 0) / need for r, need in worker.items() if need) for node in nodes]
+        resources = {r: sum(node.get(r, 0) for node in nodes) for r in worker}
+        name = ray.get_runtime_context().get_session_name()
+        return Pool(name, resources, worker, sum(int(n + 1e-9) for n in fits))
+
+    def limit(self, count: int | None) -> None:
+        """See Executor.limit. Actors above it stay asked for: an autoscaler may have room for
+        them, or another study's controller go without a word.
+        """
+        self._limit = self._workers.count if count is None else min(count, self._workers.count)
 
     def submit(self, job: Job) -> None:
         """See Executor.submit."""
@@ -191,13 +211,29 @@ class RayExecutor:
 
     def _grow(self) -> None:
         """Ask for every actor that is still missing, and for those that have rested."""
-        while len(self._slots) < self._workers.count:
-            self._add()
         now_s = self._time_s()
+        wanted = self._workers.count if self._crowd_until_s <= now_s else self._limit
+        while len(self._slots) < wanted:
+            self._add()
         for slot in self._slots:
             if slot.worn and slot.rests_until_s <= now_s:
                 ray.kill(slot.actor)  # it may have kept its place while it rested
                 self._start(slot)
+
+    def _give_back(self) -> None:
+        """Leave places above the limit to other studies, and ask for no more of them for a while:
+        what is asked for at once might be given back to us before another study has it.
+        """
+        placed = [slot for slot in self._slots if slot.pending is None]
+        above = len(placed) - self._limit
+        if above <= 0:
+            return
+        idle = sorted((s for s in placed if s.token is None), key=lambda slot: not slot.worn)
+        asked_for = [slot for slot in self._slots if slot.pending is not None]
+        for slot in idle[:above] + asked_for:
+            ray.kill(slot.actor)
+            self._slots.remove(slot)
+        self._crowd_until_s = self._time_s() + _CROWD_S
 
     def _add(self) -> _Slot:
         slot = _Slot(None, None)

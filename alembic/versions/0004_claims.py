@@ -19,7 +19,7 @@ def upgrade() -> None:
     """Create the table."""
     op.create_table(
         "evomerge_claims",
-        sa.Column("study", sa.String(120), primary_key=True),
+        sa.Column("study", sa.String(160), primary_key=True),
         sa.Column("token", sa.String(64), nullable=False),
         sa.Column("pool", sa.String(255), nullable=False),
         sa.Column("priority", sa.Integer, nullable=False),

@@ -42,7 +42,8 @@ class Mirror(Protocol):
 class Controller:
     """Runs one study to its end, or until told to stop.
 
-    The ledger's controller token must be the study's live one, and its baselines recorded.
+    The ledger's controller token must be the study's live one, and its baselines recorded. `claim`
+    is told now and then for how many workers there is work.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Controller:
         *,
         mirror: Mirror | None = None,
         watch: Callable[[Ledger, int], None] = lambda ledger, running: None,
+        claim: Callable[[int], None] = lambda wanted: None,
         time_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spec = spec
@@ -64,14 +66,17 @@ class Controller:
         self._propose = propose
         self._mirror = mirror
         self._watch = watch
+        self._claim = claim
+        self._widest = 0  # so many trials were open at once
+        self._finalists = spec.budget.finalists  # that are still to be scored
         self._time_s = time_s
         self._weights = {task.task: task.weight for task in spec.objective.tasks}
+        self._pareto = spec.objective.aggregate == "pareto"
         self._first = sum(t.kind != "search" for t in ledger.trials)
         self._asked_before_tell = array("q")  # for each tell in turn, how many were asked for
         self._stopping = self._stopping_now = False
         self._renewed_s = self._watched_s = time_s()
 
-        self._pareto = spec.objective.aggregate == "pareto"
     def stop(self, *, now: bool = False) -> None:
         """Stop gently: dispatch nothing more, wait for what is running; with `now`, do not wait.
 
@@ -87,7 +92,9 @@ class Controller:
         Raises StudyStopped when attempts fail and nothing succeeds.
         """
         self._restore()
+        self._claim(self._wanted())
         self._search()
+        self._finalists = 0
         self._settle()
         self._show()
         return not self._stopping
@@ -183,7 +190,18 @@ class Controller:
         now_s = self._time_s()
         if now_s - self._renewed_s > CONTROLLER_LEASE_S / 3:
             self._ledger.renew(CONTROLLER_LEASE_S)
+            self._claim(self._wanted())
             self._renewed_s = now_s
+
+    def _wanted(self) -> int:
+        """How many workers there is work for, now or in the generation that comes: one that was
+        given back between two generations would have its model to load again.
+        """
+        asked, told = len(self._ledger) - self._first, len(self._asked_before_tell)
+        now = self._dispatcher.waiting + self._dispatcher.running
+        self._widest = max(self._widest, self._sampler.horizon - told)
+        left = now + self._spec.budget.trials - asked + self._finalists
+        return now if self._stopping else max(now, min(left, self._widest))
 
     def _show(self) -> None:
         self._watched_s = self._time_s()

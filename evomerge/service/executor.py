@@ -58,6 +58,21 @@ class Event:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Where an executor's workers come from, so that several studies can share it.
+
+    `name` is the same for whoever draws on the same cluster or machine and for nobody else.
+    `resources` is all that it holds, in use or not, and `worker` what one worker takes of it;
+    `capacity` is how many such workers it would hold, were it empty.
+    """
+
+    name: str
+    resources: Mapping[str, float]
+    worker: Mapping[str, float]
+    capacity: int
+
+
 class Executor(Protocol):
     """Runs jobs on workers that may die at any moment."""
 
@@ -76,6 +91,14 @@ class Executor(Protocol):
 
     def free(self) -> int:
         """How many more jobs can be submitted now without queueing behind another."""
+
+    def pool(self) -> Pool | None:
+        """What its workers are taken from, as it is now; None if no other study draws on that."""
+
+    def limit(self, count: int | None) -> None:
+        """Hold no more than so many workers from now on; None ends the limit. No job is cut short:
+        what is above the limit goes when its job ends, and is had again when the limit rises.
+        """
 
     def submit(self, job: Job) -> None:
         """Start a job. Exactly one event reports it, or none if the executor is closed."""

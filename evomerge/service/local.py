@@ -9,16 +9,18 @@ import contextlib
 import json
 import os
 import selectors
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from evomerge.errors import WorkerLost
-from evomerge.service.executor import Event, Job, Setup
+from evomerge.service.executor import Event, Job, Pool, Setup
 from evomerge.service.wire import event_of, read_inspection
 from evomerge.spec import Workers
 from evomerge.trial import Failure
@@ -43,7 +45,7 @@ class LocalExecutor:
     """Runs up to `workers.count` worker processes; they are started when first needed."""
 
     def __init__(self, workers: Workers) -> None:
-        self._count = workers.count
+        self._count = self._limit = workers.count
         self._num_cpus = workers.num_cpus
         self._processes: list[_Process] = []
         self._selector = selectors.DefaultSelector()
@@ -76,7 +78,18 @@ class LocalExecutor:
 
     def free(self) -> int:
         """See Executor.free."""
-        return self._count - sum(process.job is not None for process in self._processes)
+        self._give_back()
+        return max(0, self._limit - sum(process.job is not None for process in self._processes))
+
+    def pool(self) -> Pool:
+        """See Executor.pool: the cores of this machine that this process may use."""
+        cores = _cores()
+        worker = min(self._num_cpus, cores)
+        return Pool(_machine(), {"CPU": cores}, {"CPU": worker}, cores // worker)
+
+    def limit(self, count: int | None) -> None:
+        """See Executor.limit."""
+        self._limit = self._count if count is None else min(count, self._count)
 
     def submit(self, job: Job) -> None:
         """See Executor.submit."""
@@ -135,6 +148,13 @@ class LocalExecutor:
             _send(process, {"prepare": self._setup.to_json()})
         return process
 
+    def _give_back(self) -> None:
+        """End idle workers above the limit: each keeps a model in memory."""
+        above = len(self._processes) - self._limit
+        idle = [process for process in self._processes if process.job is None]
+        for process in idle[: max(0, above)]:
+            self._end(process)
+
     def _environment(self) -> dict[str, str]:
         """Threads as granted, before any numerical library reads its settings."""
         threads = str(self._num_cpus)
@@ -186,6 +206,18 @@ class LocalExecutor:
         process.popen.stdout.close()
         process.popen.stdin.close()
         process.log.close()
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _machine() -> str:
+    """A name of this machine that no other one has: host names repeat, boots do not."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
 
 
 def _send(process: _Process, request: dict[str, Any]) -> None:

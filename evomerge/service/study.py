@@ -27,6 +27,7 @@ from evomerge.service.ledger import Clock, Ledger, utc_now
 from evomerge.service.liveness import is_dead, process_start
 from evomerge.service.notices import RestartLog, kept_restarts
 from evomerge.service.progress import Progress
+from evomerge.service.shares import PoolShare
 from evomerge.service.standing import standing, work_done
 from evomerge.service.warm_start import good_genomes
 from evomerge.space import Gene, Space, load_space
@@ -66,7 +67,10 @@ def open_study(
     or a task file that was edited, would make old and new scores incomparable. Raises SpecError
     with every problem, StudyChanged with every difference.
     """
-    inspection = dict(executor.inspect(spec.model_dump(mode="json")))
+    token = uuid.uuid4().hex
+    share = PoolShare(store, executor, spec.name, spec.workers, token=token, clock=clock)
+    with share.inspecting():
+        inspection = dict(executor.inspect(spec.model_dump(mode="json")))
     document = {**spec.model_dump(mode="json"), "space": inspection.pop("space")}
     record = StudyRecord(spec.name, document, inspection, inspection["scorer_digest"], clock())
     try:
@@ -106,6 +110,7 @@ def controlling(record: StudyRecord, store: StudyStore, clock: Clock = utc_now) 
         yield me.token
     finally:
         store.release(record.name, me.token)
+        store.withdraw(record.name, me.token)
 
 
 def build_controller(
@@ -118,6 +123,7 @@ def build_controller(
     watch: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda text: None,
     clock: Clock = utc_now,
+    time_s: Callable[[], float] = time.monotonic,
 ) -> Controller:
     """The controller of a study, its baselines recorded, ready to run.
 
@@ -140,7 +146,8 @@ def build_controller(
         ledger.create(baselines(models.base, models.sources, models.dtype))
     fingerprint = record.inspection["fingerprint"]
     executor.prepare(Setup(record.spec, record.inspection["digests"], models.dtype, fingerprint))
-    work_before, started_s = work_done(spec, ledger.counts_before), time.monotonic()
+    share = PoolShare(store, executor, record.name, spec.workers, token=token, clock=clock)
+    work_before, started_s = work_done(spec, ledger.counts_before), time_s()
 
     sampler = make_sampler(
         spec.sampler,
@@ -154,7 +161,7 @@ def build_controller(
     log = RestartLog(store, record, token, sampler, note)
 
     def show(ledger: Ledger, running: int) -> None:
-        elapsed_s = time.monotonic() - started_s
+        elapsed_s = time_s() - started_s
         log.update()
         watch(standing(spec, ledger.trials, counts=ledger.counts, running=running,
                        elapsed_s=elapsed_s, work_before=work_before))  # fmt: skip
@@ -167,6 +174,8 @@ def build_controller(
         _proposer(space, models, spec.sampler.seed),
         mirror=mirror,
         watch=show,
+        claim=lambda wanted: share.renew(wanted, CONTROLLER_LEASE_S),
+        time_s=time_s,
     )
 
 

@@ -161,7 +161,7 @@ refusals = sa.Table(
 claims = sa.Table(
     "evomerge_claims",
     metadata,
-    sa.Column("study", sa.String(120), primary_key=True),
+    sa.Column("study", sa.String(160), primary_key=True),
     sa.Column("token", sa.String(64), nullable=False),
     sa.Column("pool", sa.String(255), nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),

@@ -15,7 +15,7 @@ from typing import Any
 
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.values import leaves
-from evomerge.service.executor import Event, Job, Setup
+from evomerge.service.executor import Event, Job, Pool, Setup
 from evomerge.space import load_space
 from evomerge.spec import StudySpec
 from evomerge.trial import Failure, Part, Score, TaskScore
@@ -98,6 +98,13 @@ class SyntheticExecutor:
     def free(self) -> int:
         """See Executor.free."""
         return self._count - len(self._jobs)
+
+    def pool(self) -> Pool | None:
+        """See Executor.pool."""
+        return None
+
+    def limit(self, count: int | None) -> None:
+        """See Executor.limit. Nobody shares with it."""
 
     def submit(self, job: Job) -> None:
         """See Executor.submit."""

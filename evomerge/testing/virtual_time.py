@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from evomerge.merging.values import leaves
-from evomerge.service.executor import Event, Job, Setup
+from evomerge.service.executor import Event, Job, Pool, Setup
 from evomerge.spec import StudySpec
 from evomerge.testing.synthetic import synthetic_inspection
 from evomerge.trial import Score, TaskScore
@@ -68,6 +68,13 @@ class VirtualExecutor:
     def free(self) -> int:
         """See Executor.free."""
         return self._count - len(self._running)
+
+    def pool(self) -> Pool | None:
+        """See Executor.pool."""
+        return None
+
+    def limit(self, count: int | None) -> None:
+        """See Executor.limit. Nobody shares with it."""
 
     def submit(self, job: Job) -> None:
         """See Executor.submit."""

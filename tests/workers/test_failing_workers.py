@@ -60,7 +60,10 @@ class FakeRay:
         return True
 
     def get_runtime_context(self) -> Any:
-        return SimpleNamespace(get_node_id=lambda: "ab" * 28)
+        return SimpleNamespace(get_node_id=lambda: "ab" * 28, get_session_name=lambda: "fake")
+
+    def nodes(self) -> Any:
+        return [{"Alive": True, "Resources": {"CPU": 99.0}}]
 
     def remote(self, kind: type) -> Any:
         if kind is SignBoard:
