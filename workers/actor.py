@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.service.local_worker import Signs
-from evomerge.service.wire import answer_inspection, failure_of
+from evomerge.service.wire import answer_inspection, reason_of
 from evomerge.service.worker import Worker
 
 
@@ -53,8 +53,7 @@ class WorkerActor:
         try:
             self._worker.prepare(**setup)
         except Exception as error:
-            failure = failure_of(error)["failure"]
-            return f"{failure['error']}: {failure['message']}"
+            return reason_of(error)
         return None
 
     def run(self, token: str, recipe: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ nodes: Ray places actors, and what fails again and again rests where it is.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -31,12 +32,13 @@ from evomerge.service.wire import event_of, read_inspection
 from evomerge.spec import Workers
 from evomerge.trial import Failure
 from workers.actor import SignBoard, WorkerActor
+from workers.waiting import BOOT_S, Waiting, asked_for, lacking
 
-_BOOT_S = 900.0  # an autoscaler may have to start a machine and pull an image first
 _BOOTS = 3
 _ASK_EVERY_S = 1.0
 _LONGEST_REST_S = 64.0
 _CROWD_S = 15.0  # longer than a controller takes to learn that its share has grown
+_log = logging.getLogger(__name__)
 _NODE_DIED = "its node has died"  # of an ActorDiedError only the text says it
 
 
@@ -96,9 +98,11 @@ class RayExecutor:
         self._board = _board()
         self._signs: Any = None  # the ref of the board's next answer
         self._ask_at_s = 0.0
+        self._waiting = Waiting(workers, time_s)
 
     def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         """See Executor.inspect."""
+        self._check_size()
         for tried in range(1, _BOOTS + 1):
             slot = self._slots[0] if self._slots else self._add()
             try:
@@ -115,6 +119,7 @@ class RayExecutor:
     def prepare(self, setup: Setup) -> None:
         """See Executor.prepare."""
         self._setup = setup
+        self._waiting = Waiting(self._workers, self._time_s)
         for slot in self._slots:
             if slot.refusal:
                 slot.refusal, slot.rests_until_s = "", 0.0
@@ -147,7 +152,8 @@ class RayExecutor:
     def submit(self, job: Job) -> None:
         """See Executor.submit."""
         now_s = self._time_s()
-        slot = next(slot for slot in self._slots if slot.is_free(now_s))
+        free = (slot for slot in self._slots if slot.is_free(now_s))
+        slot = min(free, key=lambda slot: slot.strikes)
         slot.token = job.token
         result = slot.actor.run.remote(job.token, dict(job.recipe), job.part)
         self._running[result] = slot
@@ -161,6 +167,9 @@ class RayExecutor:
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """See Executor.poll."""
+        if self._setup is not None and self._limit:
+            fit = sum(slot.pending is None and not slot.worn for slot in self._slots)
+            self._waiting.look(fit=fit, refusals=[s.refusal for s in self._slots if s.refusal])
         pending = {slot.pending: slot for slot in self._slots if slot.pending is not None}
         waiting = [*self._running, *pending]
         if not waiting:
@@ -202,10 +211,18 @@ class RayExecutor:
         if self._owns_ray:
             ray.shutdown()
 
+    def _check_size(self) -> None:
+        """Say at once that no node is large enough. Only a cluster of others' may still grow."""
+        missing = lacking(self._workers, ray.nodes())
+        if missing and self._owns_ray:
+            raise UserError(missing)
+        if missing:
+            _log.warning("%s; waiting %g s for an autoscaler to bring one", missing, BOOT_S)
+
     def _inspect_on(self, slot: _Slot, spec: Mapping[str, Any]) -> Mapping[str, Any]:
         if slot.worn:
             self._start(slot)
-        ray.get(slot.actor.ready.remote(), timeout=_BOOT_S)
+        ray.get(slot.actor.ready.remote(), timeout=BOOT_S)
         # reads every byte of every checkpoint: no limit on that
         return read_inspection(ray.get(slot.actor.inspect.remote(dict(spec))))
 
@@ -368,8 +385,8 @@ def _node_died(error: RayError) -> bool:
 
 def _no_room(workers: Workers) -> str:
     return (
-        f"Ray gave no worker {workers.num_cpus} CPUs and {workers.num_gpus:g} GPUs within "
-        f"{_BOOT_S:g} s; the cluster has {ray.cluster_resources()}"
+        f"Ray gave no worker {asked_for(workers)} within {BOOT_S:g} s; the cluster has "
+        f"{ray.cluster_resources()}"
     )
 
 

@@ -9,18 +9,20 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from evomerge.errors import WorkerLost
+from evomerge.errors import InfrastructureError, WorkerLost
 from evomerge.service.executor import Event, Job, Pool, Setup
+from evomerge.service.local_worker import HELD
 from evomerge.service.wire import event_of, read_inspection
 from evomerge.spec import Workers
 from evomerge.trial import Failure
@@ -37,12 +39,17 @@ class _Process:
     log: IO[bytes]
     name: str = ""
     job: Job | None = None
+    refusal: str = ""  # why it cannot do this study's jobs
     partial: bytes = b""
     last_words: str = ""
 
 
 class LocalExecutor:
-    """Runs up to `workers.count` worker processes; they are started when first needed."""
+    """Runs up to `workers.count` worker processes; they are started when first needed.
+
+    A worker that refuses the study gives its job back, which costs no attempt: another one does it,
+    and where there is none `poll` raises InfrastructureError with the reason.
+    """
 
     def __init__(self, workers: Workers) -> None:
         self._count = self._limit = workers.count
@@ -51,6 +58,7 @@ class LocalExecutor:
         self._selector = selectors.DefaultSelector()
         self._setup: Setup | None = None
         self._lost: list[Event] = []
+        self._returned: list[Job] = []
         self._alive: set[str] = set()
 
     def inspect(self, spec: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -73,13 +81,16 @@ class LocalExecutor:
     def prepare(self, setup: Setup) -> None:
         """See Executor.prepare."""
         self._setup = setup
+        self._returned.clear()
         for process in self._processes:
+            process.refusal = ""
             _send(process, {"prepare": setup.to_json()})
 
     def free(self) -> int:
         """See Executor.free."""
         self._give_back()
-        return max(0, self._limit - sum(process.job is not None for process in self._processes))
+        taken = sum(bool(process.job or process.refusal) for process in self._processes)
+        return max(0, self._limit - taken - len(self._returned))
 
     def pool(self) -> Pool:
         """See Executor.pool: the cores of this machine that this process may use."""
@@ -93,8 +104,7 @@ class LocalExecutor:
 
     def submit(self, job: Job) -> None:
         """See Executor.submit."""
-        idle = (process for process in self._processes if process.job is None)
-        process = next(idle, None) or self._start()
+        process = self._idle() or self._start()
         process.job = job
         request = {"token": job.token, "recipe": dict(job.recipe), "part": job.part}
         _send(process, {"run": request})
@@ -106,10 +116,12 @@ class LocalExecutor:
                 process.job = None
                 self._end(process)
                 return
+        self._returned = [job for job in self._returned if job.token != token]
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """See Executor.poll."""
         answers = self._read(timeout_s)
+        self._hand_on()
         events = [event_of(answer) for answer in answers if "token" in answer]
         events += self._lost
         self._lost = []
@@ -131,14 +143,15 @@ class LocalExecutor:
 
     def _start(self) -> _Process:
         log = tempfile.TemporaryFile(prefix="evomerge-worker-")  # noqa: SIM115  lives with it
-        popen = subprocess.Popen(
-            [*_COMMAND, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=self._environment(),
-            bufsize=0,
-        )
+        with _held_signals():
+            popen = subprocess.Popen(
+                [*_COMMAND, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self._environment(),
+                bufsize=0,
+            )
         process = _Process(popen, log)
         self._processes.append(process)
         assert popen.stdout is not None
@@ -182,9 +195,31 @@ class LocalExecutor:
             process.name = answer["ready"]
         elif "alive" in answer:
             self._alive.add(answer["alive"])
+        elif "refuses" in answer:
+            self._refused(process, answer["refuses"])
         elif "token" in answer:
             process.job = None
         return answer
+
+    def _idle(self) -> _Process | None:
+        fit = (p for p in self._processes if p.job is None and not p.refusal)
+        return next(fit, None)
+
+    def _refused(self, process: _Process, reason: str) -> None:
+        """Take a worker's job back, for another one to do."""
+        process.refusal = reason
+        if process.job is not None:
+            self._returned.append(process.job)
+            process.job = None
+
+    def _hand_on(self) -> None:
+        """Give jobs that were taken back to others. Raises InfrastructureError where all refuse: a
+        new worker would as well, the machine being the same."""
+        if self._processes and all(process.refusal for process in self._processes):
+            reason = self._processes[-1].refusal
+            raise InfrastructureError(f"no worker can run this study; the last: {reason}")
+        while self._returned and (self._idle() or not self._processes):
+            self.submit(self._returned.pop(0))
 
     def _bury(self, process: _Process) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -218,6 +253,16 @@ def _machine() -> str:
     """A name of this machine that no other one has: host names repeat, boots do not."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+    """A process started within it begins with them blocked: see `local_worker`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _send(process: _Process, request: dict[str, Any]) -> None:

@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from evomerge.errors import VersionMismatch
-from evomerge.service.wire import answer_inspection
+from evomerge.service.wire import answer_inspection, reason_of
 from evomerge.service.worker import Worker
 
 _PR_SET_PDEATHSIG = 1
@@ -61,22 +60,27 @@ def main() -> None:
     signs = Signs(lambda sign: _answer(answers, sign))
     worker = Worker(beat=signs)
     _answer(answers, {"ready": worker.name})
+    refusal = ""
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         if "prepare" in request:
-            _prepare(worker, request["prepare"])
+            refusal = _refusal(worker, request["prepare"])
+            if refusal:
+                _answer(answers, {"refuses": refusal})
         elif "inspect" in request:
             _answer(answers, answer_inspection(worker.inspect, request["inspect"]))
-        else:
+        elif not refusal:  # else the job was taken back
             signs.token = request["run"]["token"]
             _answer(answers, worker.run(**request["run"]))
 
 
-def _prepare(worker: Worker, setup: dict[str, Any]) -> None:
+def _refusal(worker: Worker, setup: dict[str, Any]) -> str:
+    """Prepare the worker; why it refuses, if it does."""
     try:
         worker.prepare(**setup)
-    except VersionMismatch as error:  # the controller reads our last words
-        sys.exit(str(error))
+    except Exception as error:
+        return reason_of(error)
+    return ""
 
 
 def _answer(stream: TextIO, document: dict[str, Any]) -> None:

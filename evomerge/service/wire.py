@@ -31,6 +31,12 @@ def failure_of(error: Exception) -> dict[str, Any]:
     }
 
 
+def reason_of(error: Exception) -> str:
+    """What an exception says of a worker that refuses a study."""
+    failure = failure_of(error)["failure"]
+    return f"{failure['error']}: {failure['message']}"
+
+
 def event_of(answer: Mapping[str, Any]) -> Event:
     """The event that a worker's answer to a job stands for."""
     failure = answer.get("failure")

@@ -39,7 +39,8 @@ class FakeRay:
     """One process: each call runs at once, and its ref is its answer's key.
 
     An actor takes the lowest free place, as one machine after another; `boots` says whether the
-    n-th actor ever made comes up, `refuses` what the actor at a place has against the study.
+    n-th actor ever made comes up, `refuses` what the actor at a place has against the study, `owed`
+    whether the cluster has yet to place it.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class FakeRay:
         answer: Answer,
         boots: Callable[[int], bool] = lambda n: True,
         refuses: Callable[[int], str | None] = lambda place: None,
+        owed: Callable[[int], bool] = lambda place: False,
     ) -> None:
         self._answer = answer
         self._boots = boots
         self._refuses = refuses
+        self._owed = owed
         self._places: dict[int, Any] = {}
         self._ran: dict[int, int] = {}
         self._answers: dict[str, Any] = {}
@@ -72,7 +75,8 @@ class FakeRay:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._start))
 
     def wait(self, refs: Sequence[str], num_returns: int, timeout: float) -> Any:
-        return list(refs)[:num_returns], []
+        answered = [ref for ref in refs if not ref.startswith("owed")]
+        return answered[:num_returns], []
 
     def get(self, ref: str, timeout: float | None = None) -> Any:
         answer = self._answers.pop(ref)
@@ -93,14 +97,15 @@ class FakeRay:
         actor.inspect = self._call(
             lambda spec: {"inspection": synthetic_inspection(StudySpec.model_validate(spec))}
         )
-        actor.prepare = self._call(lambda setup: self._refuses(place) if up else DEAD)
+        owed = "owed " if self._owed(place) else ""
+        actor.prepare = self._call(lambda setup: self._refuses(place) if up else DEAD, owed)
         actor.run = self._call(lambda token, recipe, part: self._run(place, token, recipe, part))
         self._places[place] = actor
         return actor
 
-    def _call(self, method: Callable[..., Any]) -> Any:
+    def _call(self, method: Callable[..., Any], prefix: str = "") -> Any:
         def remote(*arguments: Any) -> str:
-            ref = f"ref {len(self._answers)} {id(object())} {self.started}"
+            ref = f"{prefix}ref {len(self._answers)} {id(object())} {self.started}"
             while ref in self._answers:
                 ref += "+"
             self._answers[ref] = method(*arguments)
@@ -311,6 +316,93 @@ def test_a_worker_that_refused_is_asked_again_and_then_trusted(
     assert not restarted(executor), "not yet"
     clock.now_s = 64.0
     assert restarted(executor)
+
+
+def test_a_study_that_all_placed_workers_refuse_says_so_and_stops(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two machines with other versions, while the cluster still owes a third."""
+    ray = FakeRay(lambda *_: "score", refuses=lambda p: REFUSAL, owed=lambda place: place == 2)
+    executor, clock = executor_on(monkeypatch, ray, 3)
+    executor.prepare(Setup(SPEC, {}, "float32"))
+    executor.poll(0)
+    executor.poll(0)
+    assert caplog.messages == [
+        f"a worker refuses this study and gets no job: {REFUSAL}",
+        "nothing runs: every worker so far refuses this study; it stops in 900 s unless the "
+        "cluster gives another one",
+    ]
+    for _ in range(14):
+        clock.now_s += 64.0  # asked again, and again
+        assert executor.free() == 0
+        executor.poll(0)
+    assert len(caplog.messages) == 2, "said once"
+    clock.now_s += 64.0
+    with pytest.raises(InfrastructureError, match=r"2 refuse it.*within 900 s.*torch is 2\.12\.0"):
+        executor.poll(0)
+
+
+def test_a_worker_that_comes_in_time_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    owed = True
+    ray = FakeRay(
+        lambda *_: "score",
+        refuses=lambda place: REFUSAL if place == 0 else None,
+        owed=lambda place: place == 1 and owed,
+    )
+    executor, clock = executor_on(monkeypatch, ray)
+    executor.prepare(Setup(SPEC, {}, "float32"))
+    for _ in range(2):
+        executor.poll(0)
+        clock.now_s += 800.0
+        owed = False
+        executor._start(executor._slots[1])  # the cluster gives it
+        executor.poll(0)
+        assert executor.free() == 1
+        executor.poll(0)
+    assert len(one_round(executor, "at last")) == 1
+
+
+def test_a_cluster_that_gives_nothing_is_waited_for_aloud(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor, clock = executor_on(monkeypatch, FakeRay(lambda *_: "score", owed=lambda place: True))
+    executor.prepare(Setup(SPEC, {}, "float32"))
+    executor.poll(0)
+    assert not caplog.messages, "every start takes a while"
+    for _ in range(100):
+        clock.now_s += 61.0
+        executor.poll(0)
+    assert caplog.messages == [
+        "nothing has run for 61 s: waiting for the cluster to give a worker 1 CPUs and 0 GPUs"
+    ]
+
+
+def test_a_job_goes_to_the_worker_that_fails_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(lambda place, before: "broken" if place == 0 else "score")
+    executor, _clock = executor_on(monkeypatch, ray)
+    executor.submit(Job("first", RECIPE, "search"))
+    executor.poll(0)
+    for turn in range(5):
+        executor.submit(Job(f"{turn}", RECIPE, "search"))
+        assert [event.worker for event in executor.poll(0)] == ["place 1"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_more_gpus_than_any_node_has_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, own: bool
+) -> None:
+    """But for a cluster that was joined: it may grow, so its user is told what is waited for."""
+    monkeypatch.setattr(module, "ray", FakeRay(lambda *_: "score"))
+    executor = RayExecutor(Workers(num_gpus=2))
+    executor._owns_ray = own
+    said = "no node of the cluster holds a worker of 1 CPUs and 2 GPUs"
+    if own:
+        with pytest.raises(UserError, match=f"{said}.*num_gpus.*the most.* 99 CPUs and 0 GPUs"):
+            executor.inspect(SPEC)
+    else:
+        assert executor.inspect(SPEC)["dtype"] == "float32"
+        assert caplog.messages[0].startswith(said)
+        assert caplog.messages[0].endswith("waiting 900 s for an autoscaler to bring one")
 
 
 @pytest.mark.parametrize(

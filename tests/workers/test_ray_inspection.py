@@ -28,6 +28,9 @@ class _Cluster:
             raise GetTimeoutError
         return {"inspection": {"dtype": "float32"}}
 
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 1.0}}]
+
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 1.0}
 
@@ -40,6 +43,7 @@ def executor_on(cluster: _Cluster, monkeypatch: pytest.MonkeyPatch) -> module.Ra
     monkeypatch.setattr(module, "ray", cluster)
     executor = object.__new__(module.RayExecutor)
     executor._workers = Workers()
+    executor._owns_ray = True
     executor._slots = [module._Slot(cluster.actor, pending="ready")]
     return executor
 
