@@ -96,6 +96,17 @@ class Postgres(ForeignPostgres):
     def drop(self, name: str) -> None:
         """Nothing: it takes a second, and all of them go with the server."""
 
+    def dump(self, url: str) -> None:
+        """Back a database up, as pg_dump does while it is in use."""
+        name = sa.make_url(url).database or ""
+        self._call("pg_dump", "-h", str(self.folder), "-U", "postgres", "-Fc", "-f", "dump", name)
+
+    def restore(self, url: str) -> None:
+        """Put a database back to its last backup, as pg_restore does, under whoever uses it."""
+        name = sa.make_url(url).database or ""
+        self._call("pg_restore", "-h", str(self.folder), "-U", "postgres", "--clean",
+                   "--single-transaction", "-d", name, "dump")  # fmt: skip
+
     def close(self) -> None:
         """Stop it and remove everything."""
         self.stop()

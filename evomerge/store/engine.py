@@ -174,6 +174,9 @@ def _hint(reason: str) -> str:
         "readonly": "; a store must be writable, and its folder too",
         "not a database": "; name another file, or move this one away",
         "disk is full": "; free some space and run the same command again",
+        "No space left": "; free some space there and run the same command again",
+        "disk I/O error": "; is the disk full, over its quota or broken? Mend it and run the same "
+        "command again",
     }
     return next((hint for words, hint in hints.items() if words in reason), "")
 
