@@ -122,7 +122,10 @@ def _run(spec: StudySpec, executor: RayExecutor) -> None:
         store = open_store(f"sqlite:///{Path(folder) / 'study.db'}")
         record = open_study(spec, store, executor)
         with controlling(record, store) as token:
-            build_controller(record, store, executor, token).run()
+            controller = build_controller(record, store, executor, token)
+            while executor.free() < spec.workers.count:  # it takes a while to start them all
+                executor.poll(1.0)
+            controller.run()
         store.close()
 
 
