@@ -18,6 +18,7 @@ from datetime import timedelta
 from evomerge.errors import StudyChanged, StudyNotFound
 from evomerge.merging.recipe import ModelRef
 from evomerge.sampling import make_sampler
+from evomerge.sampling.base import Sampler
 from evomerge.service.baselines import baselines
 from evomerge.service.changes import changes
 from evomerge.service.controller import CONTROLLER_LEASE_S, Controller, Mirror
@@ -158,6 +159,9 @@ def build_controller(
         levels=[gene.levels for gene in genes],
         promising=record.inspection.get("warm_start", ()),
     )
+    idle = _idle_workers(spec, sampler)
+    if idle:
+        note(idle)
     log = RestartLog(store, record, token, sampler, note)
 
     def show(ledger: Ledger, running: int) -> None:
@@ -176,6 +180,18 @@ def build_controller(
         watch=show,
         claim=lambda wanted: share.renew(wanted, CONTROLLER_LEASE_S),
         time_s=time_s,
+    )
+
+
+def _idle_workers(spec: StudySpec, sampler: Sampler) -> str | None:
+    """What to say of a new sampler that never proposes enough for all workers, if it does not."""
+    most, count = sampler.horizon, spec.workers.count
+    if most >= min(count, spec.budget.trials):
+        return None
+    return (
+        f"study {spec.name}: no more than {most} of {count} workers will be busy, as many as "
+        f"schedule {spec.sampler.schedule!r} proposes at once; a study with "
+        "`schedule: asynchronous` or a larger `population` uses all"
     )
 
 

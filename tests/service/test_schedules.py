@@ -227,3 +227,23 @@ def test_an_earlier_study_that_does_not_fit_is_refused(changes, fault: str) -> N
     with pytest.raises(SpecError, match=fault.replace("?", r"\?")):
         run_synthetic(study("", name="new", **changes), store)
     assert [record.name for record in store.studies()] == ["synthetic"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "count", "said"),
+    [
+        ("generational", 4, []),
+        ("generational", 5, ["no more than 4 of 5 workers will be busy"]),
+        ("pipelined", 8, []),
+        ("pipelined", 9, ["no more than 8 of 9 workers will be busy"]),
+        ("asynchronous", 1000, []),
+    ],
+)
+def test_workers_that_a_schedule_never_uses_are_named(
+    schedule: str, count: int, said: list[str]
+) -> None:
+    spec = study(schedule, workers={"count": count})
+    notes: list[str] = []
+    assert run_synthetic(spec, MemoryStore(), SyntheticExecutor(count), note=notes.append)
+    assert len(notes) == len(said)
+    assert all(words in note for words, note in zip(said, notes, strict=True))
