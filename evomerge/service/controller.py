@@ -68,11 +68,11 @@ class Controller:
         self._watch = watch
         self._claim = claim
         self._widest = 0  # so many trials were open at once
-        self._finalists = spec.budget.finalists  # that are still to be scored
         self._time_s = time_s
         self._weights = {task.task: task.weight for task in spec.objective.tasks}
         self._pareto = spec.objective.aggregate == "pareto"
         self._first = sum(t.kind != "search" for t in ledger.trials)
+        self._to_settle = spec.budget.finalists + self._first  # to be scored after the search
         self._asked_before_tell = array("q")  # for each tell in turn, how many were asked for
         self._stopping = self._stopping_now = False
         self._renewed_s = self._watched_s = time_s()
@@ -94,7 +94,7 @@ class Controller:
         self._restore()
         self._claim(self._wanted())
         self._search()
-        self._finalists = 0
+        self._to_settle = 0
         self._settle()
         self._show()
         return not self._stopping
@@ -200,7 +200,7 @@ class Controller:
         asked, told = len(self._ledger) - self._first, len(self._asked_before_tell)
         now = self._dispatcher.waiting + self._dispatcher.running
         self._widest = max(self._widest, self._sampler.horizon - told)
-        left = now + self._spec.budget.trials - asked + self._finalists
+        left = now + self._spec.budget.trials - asked + self._to_settle
         return now if self._stopping else max(now, min(left, self._widest))
 
     def _show(self) -> None:

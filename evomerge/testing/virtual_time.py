@@ -95,9 +95,16 @@ class VirtualExecutor:
         """See Executor.poll. Everything that ended while the controller worked, or the next."""
         entered_s = self._spent_s()
         self.now_s += entered_s - self._left_s
-        events = []
         if self._running:
             self.now_s = max(self.now_s, self._running[0][0])
+        events = self._ended()
+        self._left_s = self._spent_s()
+        self.own_s += self._left_s - entered_s
+        return events
+
+    def _ended(self) -> list[Event]:
+        """The events of all jobs whose time is over."""
+        events = []
         while self._running and self._running[0][0] <= self.now_s:
             ends_s, place, lasts_s, job = heapq.heappop(self._running)
             self._done_s += lasts_s
@@ -106,8 +113,6 @@ class VirtualExecutor:
             worker = f"virtual-{place % self._count}"
             score = self._score(job).to_json()
             events.append(Event(job.token, worker, score=score, seconds={"score": lasts_s}))
-        self._left_s = self._spent_s()
-        self.own_s += self._left_s - entered_s
         return events
 
     def alive(self) -> Collection[str]:
