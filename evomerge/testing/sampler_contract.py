@@ -162,6 +162,14 @@ class _EverySampler:
         later = go_on(sampler, range(len(failed), self.trials), self.objective)
         assert all(0 <= gene <= 1 for result in failed + later for gene in result.genome)
 
+    def test_restarts_are_replayed_with_the_results(self) -> None:
+        live = self.make()
+        results = go_on(live, range(self.trials), lambda _: (0.5,) * self.objectives)
+        assert replayed(self.make(), results).restarts == live.restarts
+        assert [restart.number for restart in live.restarts] == [
+            number for number, _ in enumerate(live.restarts, 1)
+        ]
+
     def test_failures_are_replayed_like_values(self) -> None:
         def half(genome: Genome) -> tuple[float, ...] | None:
             return None if genome[0] > 0.5 else self.objective(genome)

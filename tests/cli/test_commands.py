@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from evomerge.cli.main import app
 from evomerge.cli.main import main as command_line
 from evomerge.cli.read import score_json
 from evomerge.cli.running import resume_command
+from evomerge.sampling import Restart
 from evomerge.service.liveness import process_start
 from evomerge.store.base import Controller
 from evomerge.store.sql import SqlStore
@@ -171,6 +173,43 @@ def test_trials_json(call: Any, url: str) -> None:
     failed = [row for row in rows if row["state"] == "FAIL"]
     assert failed[0]["error"] == "NonFiniteModel: layer 3 computes NaN"
     assert failed[0]["scores"] == {}
+
+
+def test_status_and_report_tell_restarts_and_refused_results(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "restart" not in call("status", "zoo-ties")[1]
+    assert "refused" not in call("status")[1]
+    store = SqlStore(f"sqlite:///{tmp_path / 'told.db'}")
+    study = store_study(store)
+    now = study.created_at
+    store.acquire("zoo-ties", Controller("d", "host", 1, 1.0, now), now=now)
+    restarts = [asdict(Restart(n, 40 * n, 4 * 2**n, 8 * 2**n, f"reason {n}")) for n in range(1, 13)]
+    inspection = {**study.inspection, "restarts": restarts}
+    store.update_study("zoo-ties", study.spec, inspection, controller="d")
+    tokens = [attempt.token for trial in store.trials("zoo-ties") for attempt in trial.attempts]
+    for token in (tokens[0], tokens[1], "never heard of"):
+        store.refuse("zoo-ties", token, controller="d")
+    store.release("zoo-ties", "d")
+    monkeypatch.setenv("EVOMERGE_STORE", store.engine.url.render_as_string())
+    lines = call("status", "zoo-ties")[1].splitlines()[2:]
+    assert lines[0] == "zoo-ties: 2 restarts before"
+    assert lines[1] == "zoo-ties: restart 3 after 120 trials, population 32 to 64: reason 3"
+    assert lines[-1] == "zoo-ties: results refused: 2 repeated, 1 stray"
+    assert len(lines) == 1 + 10 + 1
+    assert call("status")[1].splitlines()[2:4] == [
+        "zoo-ties: 11 restarts before",
+        "zoo-ties: restart 12 after 480 trials, population 16384 to 32768: reason 12",
+    ]
+    found = json.loads(call("status", "zoo-ties", "--json")[1])
+    assert found["restarts"] == restarts
+    assert found["refused"] == {"repeated": 2, "stray": 1}
+    report = json.loads(call("report", "zoo-ties", "--json")[1])
+    assert (report["restarts"], report["refused"]) == (restarts, found["refused"])
+    assert call("report", "zoo-ties", "-o", "page.html")[0] == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "restart 12 after 480 trials" in page
+    assert "2 repeated, 1 stray" in page
 
 
 def test_report_json(call: Any) -> None:
