@@ -22,6 +22,7 @@ from ray.exceptions import (
     AuthenticationError,
     GetTimeoutError,
     NodeDiedError,
+    RayActorError,
     RayError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -379,6 +380,8 @@ def _node_died(error: RayError) -> bool:
     node does at once; that the node died Ray knows only half a minute later.
     """
     if isinstance(error, ActorUnavailableError | NodeDiedError):
+        return True
+    if isinstance(error, RayActorError) and error.preempted:  # it said so; then its text is empty
         return True
     return _NODE_DIED in str(error)
 

@@ -20,7 +20,9 @@ from run_synthetic import rows, run_synthetic
 pytest.importorskip("ray")
 
 import ray
+from ray._raylet import GcsClient  # as `ray drain-node` does; there is no public way
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from evomerge.service.executor import Event
 from evomerge.service.study import build_controller, controlling, open_study
@@ -46,6 +48,9 @@ class Gate:
 
     def open(self) -> None:
         (self.folder / "shut").unlink(missing_ok=True)
+
+    def is_shut(self) -> bool:
+        return (self.folder / "shut").exists()
 
     def waiting(self) -> set[str]:
         """The workers that wait, or have waited, as node:pid:gpus."""
@@ -185,8 +190,13 @@ def test_half_gpus_hold_two_workers_each_on_both_nodes(
     assert all(attempt.state is State.COMPLETE for attempt in attempts)
 
 
+@pytest.mark.parametrize("notice", [False, True], ids=["no notice", "notice"])
 def test_a_node_that_joins_is_used_and_one_that_is_killed_costs_nothing(
-    add_node: Callable[[int], Any], gate: Gate, undisturbed: list[Row]
+    cluster: Cluster,
+    add_node: Callable[[int], Any],
+    gate: Gate,
+    undisturbed: list[Row],
+    notice: bool,
 ) -> None:
     first, late = add_node(1), []
     gate.open()
@@ -198,6 +208,8 @@ def test_a_node_that_joins_is_used_and_one_that_is_killed_costs_nothing(
             gate.shut()
             late.append(add_node(1))
         if late and late[0].node_id in nodes_of(gate.waiting()):
+            if notice and gate.is_shut():
+                announce_the_end(cluster, late[0])
             kill(late[0])
             gate.open()
 
@@ -223,6 +235,16 @@ def test_two_gpus_for_one_worker_lie_on_one_node(
     node, _pid, gpus = worker.split(":")
     assert node == large.node_id
     assert sorted(gpus.split(",")) == ["0", "1"]
+
+
+def announce_the_end(cluster: Cluster, node: Any) -> None:
+    """Tell Ray what a node on SIGTERM tells it: it takes no more work and is gone in a moment."""
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    deadline_ms = int(time.time() * 1000) + 1000
+    accepted, why = GcsClient(address=cluster.address).drain_node(
+        node.node_id, reason, "the spot instance is taken back", deadline_ms
+    )
+    assert accepted, why
 
 
 def kill(node: Any) -> None:
