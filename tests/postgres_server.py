@@ -141,7 +141,7 @@ def _user() -> dict[str, object]:
 def binaries() -> Path | None:
     """Debian keeps them out of the PATH."""
     beside = shutil.which("initdb")
-    places = [Path(beside).parent] if beside else []
+    places = [Path(beside).resolve().parent] if beside else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return next((place for place in places if (place / "initdb").exists()), None)
 

@@ -144,13 +144,7 @@ def report(
     if output is None and json:
         return
     path = output or Path(f"{study}.html")
-    aside = path.absolute().with_name(f".{path.absolute().name}.part")
-    try:
-        aside.write_text(render(found, record), encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    _write(path, render(found, record))
     typer.echo(f"wrote {path}", err=True)
 
 
@@ -257,6 +251,20 @@ def _located(trial: Trial, record: StudyRecord) -> Recipe:
     return Recipe.from_json(trial.recipe).located(places)
 
 
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all. Raises UserError."""
+    aside = path.absolute().with_name(f".{path.absolute().name}.part")
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a device, a pipe
+            path.write_text(text, encoding="utf-8")
+            return
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
 def _write_mergekit(recipe: Recipe, file: Path) -> None:
     import yaml
 
@@ -266,8 +274,5 @@ def _write_mergekit(recipe: Recipe, file: Path) -> None:
     anchor = open_model((recipe.base or recipe.sources[0].model).path)
     stored = str(anchor.dtype(anchor.names[0])).removeprefix("torch.")
     document = write_mergekit(recipe, anchor.names, dtype=stored)
-    try:
-        file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    _write(file, yaml.safe_dump(document, sort_keys=False))
     typer.echo(f"wrote {file}", err=True)

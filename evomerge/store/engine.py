@@ -82,13 +82,13 @@ def transaction(engine: sa.Engine, *, write: bool) -> Iterator[sa.Connection]:
         except sa.exc.IntegrityError:
             raise
         except DBAPIError as error:
-            raise _store_error(engine, error) from error
+            raise store_error(engine, error) from error
         try:
             begun.commit()
         except DBAPIError as error:
             if write and error.connection_invalidated:
                 raise CommitUnknown(f"{_shown(engine.url)}: {_reason(error)}") from error
-            raise _store_error(engine, error) from error
+            raise store_error(engine, error) from error
 
 
 def _connect(engine: sa.Engine, *, write: bool) -> sa.Connection:
@@ -98,7 +98,7 @@ def _connect(engine: sa.Engine, *, write: bool) -> sa.Connection:
     try:
         return engine.connect().execution_options(**options)
     except DBAPIError as error:
-        raise _store_error(engine, error, connected=False) from error
+        raise store_error(engine, error, connected=False) from error
 
 
 def _postgresql_engine(url: sa.URL, lock_wait_s: float) -> sa.Engine:
@@ -152,7 +152,8 @@ def _use_wal(connection: sqlite3.Connection, lock_wait_s: float) -> None:
             time.sleep(0.01)
 
 
-def _store_error(engine: sa.Engine, error: DBAPIError, *, connected: bool = True) -> StoreError:
+def store_error(engine: sa.Engine, error: DBAPIError, *, connected: bool = True) -> StoreError:
+    """What a database says, in one line with the way out."""
     reason, shown = _reason(error), _shown(engine.url)
     if "locked" in reason or "busy" in reason or "lock timeout" in reason:
         return StoreLocked(

@@ -33,7 +33,13 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from evomerge.errors import StoreError, StoreUnreachable
 from evomerge.space.scales import level_of
 from evomerge.store import IN_MEMORY
-from evomerge.store.engine import LOCK_WAIT_S, CommitUnknown, make_engine, transaction
+from evomerge.store.engine import (
+    LOCK_WAIT_S,
+    CommitUnknown,
+    make_engine,
+    store_error,
+    transaction,
+)
 from evomerge.trial import Genome, State, Trial
 
 KEY = "evomerge_number"
@@ -60,6 +66,9 @@ def open_storage(url: str) -> RDBStorage:
     try:
         return RDBStorage(url, engine_kwargs={"connect_args": wait})
     except (SQLAlchemyError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
+        said = error if isinstance(error, sa.exc.DBAPIError) else error.__cause__
+        if isinstance(said, sa.exc.OperationalError):  # a lock, a full disk
+            raise store_error(make_engine(url), said) from None
         reason = " ".join(str(error).split())
         shown = sa.make_url(url).render_as_string(hide_password=True)
         raise StoreError(f"{shown}: Optuna cannot use this database: {reason}") from None

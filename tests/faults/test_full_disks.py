@@ -50,10 +50,10 @@ def test_a_database_that_may_not_grow(tmp_path: Path, run: Callable[..., Process
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte."""
+    """A file system of a few megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system takes root")
     yield disk
@@ -63,7 +63,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(file: Path) -> None:
     with contextlib.suppress(OSError), file.open("wb", buffering=0) as open_file:
         while True:
-            open_file.write(bytes(512))
+            open_file.write(bytes(4096))
 
 
 def test_a_real_disk(tmp_path: Path, small_disk: Path, run: Callable[..., Process]) -> None:
@@ -121,10 +121,18 @@ def test_a_report_that_does_not_fit(tmp_path: Path, run: Callable[..., Process])
     before = set(tmp_path.iterdir())
 
     def almost_full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
+    store = place.store  # what SQLite keeps beside a database is there while somebody reads it
+    store.studies()
     full = place.evomerge("report", place.spec.name, "-o", "page.html", preexec_fn=almost_full)
     assert full.end() == 2, full.said
     assert full.said == "evomerge: cannot write page.html: File too large\n"
+    store.close()
     left = {path for path in set(tmp_path.iterdir()) - before if not path.name.startswith("err")}
     assert not {path for path in left if "page" in path.name}
+
+    onto = place.evomerge("report", place.spec.name, "-o", "/dev/full")
+    assert onto.end() == 2, onto.said
+    assert onto.said == "evomerge: cannot write /dev/full: No space left on device\n"
+    assert Path("/dev/full").is_char_device(), "a device is written to, not put aside"

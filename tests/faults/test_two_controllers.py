@@ -1,4 +1,4 @@
-"""Two real controllers on one study: the second is refused, one that wakes too late is fenced off."""
+"""Two real controllers on one study: the second is refused, one that wakes too late writes none."""
 
 from __future__ import annotations
 
