@@ -54,7 +54,7 @@ class Sampler(Protocol):
 
     @property
     def population(self) -> int:
-        """How many results are learned from at once. A restart may change it."""
+        """How many new results an update waits for. A restart may change it."""
 
     @property
     def restarts(self) -> tuple[Restart, ...]:

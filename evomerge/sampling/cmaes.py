@@ -3,8 +3,10 @@
 A search is a series of runs of one distribution; a run that stagnates is followed by another from
 a random mean. Knows nothing of stores or of who evaluates.
 
-Source: Hansen 2016, arXiv:1604.00772. Where we differ: only ranks enter, and a generation without
-any ranking widens the distribution and is not learned from.
+Source: Hansen 2016, arXiv:1604.00772. Where we differ: only ranks enter, a generation without any
+ranking widens the distribution and is not learned from, and under the schedules whose results are
+stale anyway a result lives for two updates: a (μ, κ, λ) selection with κ = 2 (Schwefel and Rudolph
+1995, Contemporary evolution strategies).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from evomerge.spec import SamplerSpec
 from evomerge.trial import Genome
 
 _TOLERANCE = 1e-12  # of values; the package's tolfun
+# κ, in updates; measured in benchmarks/async_search.py. `generational` is the textbook's algorithm
+_LIFETIMES = {"generational": 1, "pipelined": 2, "asynchronous": 2}
 
 _Merit = tuple[float, float]  # the value, and what decides between equal ones
 
@@ -51,7 +55,9 @@ class CmaEs:
     """CMA-ES in the unit cube from the mean `init`, step size `sigma0`, or from `promising` genomes
     of an earlier study.
 
-    `population: auto` is 4 + floor(3 ln n) for n genes (Hansen 2016, eq. 48). A failed candidate
+    `population: auto` is 4 + floor(3 ln n) for n genes (Hansen 2016, eq. 48). Each λ results are
+    learned from together with the κλ - λ before them, as one population of κλ; κ is 1 under the
+    generational schedule, else 2, and a run's first κλ results are one update. A failed candidate
     ranks below every candidate that has a value; of equal values the higher tiebreak wins. Where
     the best 70% are alike the distribution widens, where all are alike nothing else happens. A run
     ends, with a reason in `ended`, when its steps are too small or too skewed to go on, or when
@@ -72,6 +78,8 @@ class CmaEs:
         self._spec = spec
         self._genes = len(init)
         self._levels = levels
+        self._lifetime = _LIFETIMES[spec.schedule]
+        self._alive: list[Told] = []  # of the run under way, in the order of tells
         self.ended: list[Run] = []
         self.restarts: list[Restart] = []
         self._began_at = self._changed_at = 0  # in numbers of results told
@@ -103,19 +111,28 @@ class CmaEs:
 
     def learn(self, results: Sequence[Told], told: int) -> None:
         """Take in results [population] of the run under way; `told` counts all so far."""
-        ranks = _ranks(results)
+        self._alive += results
+        self._best.append(max(map(_merit, results)))
+        if len(self._alive) < self._lifetime * self.population:
+            return
+        self._update(told)
+        reason = self._distribution.exhausted() or self._stagnation()
+        if reason is not None:
+            self._restart(reason, told)
+
+    def _update(self, told: int) -> None:
+        """Learn from the results alive [κ·population], and let the oldest go."""
+        ranks = _ranks(self._alive)
         ordered = sorted(ranks)
         if ordered[0] == ordered[math.ceil(0.7 * len(ordered)) - 1]:
             self._distribution.widen()
         if ordered[0] != ordered[-1]:
-            genomes = [result.genome for result in results]
-            self._distribution.tell(genomes, ranks, [self._is_stale(r) for r in results])
+            genomes = [result.genome for result in self._alive]
+            self._distribution.tell(genomes, ranks, [self._is_stale(r) for r in self._alive])
         self._changed_at = told
-        self._run = replace(self._run, results=self._run.results + len(results))
-        self._best.append(max(map(_merit, results)))
-        reason = self._distribution.exhausted() or self._stagnation()
-        if reason is not None:
-            self._restart(reason, told)
+        learned = self._run.results + self.population
+        self._run = replace(self._run, results=max(learned, len(self._alive)))
+        del self._alive[: self.population]
 
     def _is_stale(self, result: Told) -> bool:
         return result.asked_at is None or result.asked_at < self._changed_at
@@ -134,16 +151,15 @@ class CmaEs:
         self.restarts.append(
             Restart(len(self.ended), told, before.population, self._run.population, reason)
         )
-        self._best = self._no_values()
+        self._best, self._alive = self._no_values(), []
         self._distribution = self._around(mean, self._run.sigma0)
         self._began_at = told
 
     def _around(
         self, mean: Sequence[float], sigma: float, cov: Vector | None = None
     ) -> Distribution:
-        return Distribution(
-            mean, sigma=sigma, population=self.population, levels=self._levels, cov=cov
-        )
+        size = self._lifetime * self.population
+        return Distribution(mean, sigma=sigma, population=size, levels=self._levels, cov=cov)
 
     def _no_values(self) -> deque[_Merit]:
         """Room for the best of each generation, as far back as stagnation is looked for."""

@@ -24,7 +24,7 @@ class GuardedSampler:
 
     @property
     def population(self) -> int:
-        """How many results are learned from at once."""
+        """How many new results an update waits for."""
         return self._population
 
     @property

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from cmaes import CMA, SepCMA
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from evomerge.sampling import Sampler, Told, make_sampler
@@ -36,8 +38,11 @@ def cmaes(
     )
 
 
-def reference(genes: int, algorithm: type[CMA] | type[SepCMA]) -> CMA | SepCMA:
+def reference(
+    genes: int, algorithm: type[CMA] | type[SepCMA], population: int | None = None
+) -> CMA | SepCMA:
     return algorithm(
+        population_size=population,
         mean=np.full(genes, 0.3),
         sigma=0.1667,
         bounds=np.array([[0.0, 1.0]] * genes),
@@ -141,40 +146,70 @@ def test_a_staircase_is_climbed_to_its_top(schedule):
 
 
 @threadpool_limits.wrap(limits=1)
-def test_pipelined_is_the_package_one_generation_behind():
-    sampler, optimiser = cmaes(6, seed=9, schedule="pipelined"), reference(6, CMA)
+def test_pipelined_is_the_package_one_generation_behind_told_each_result_twice():
+    sampler = cmaes(6, seed=9, schedule="pipelined")
     size = sampler.population
+    optimiser = reference(6, CMA, 2 * size)
     waiting = [[reference_ask(optimiser, 9, i) for i in range(size)]]
+    alive: list[np.ndarray] = []
     for generation in range(6):
         first = (generation + 1) * size
         waiting.append([reference_ask(optimiser, 9, i) for i in range(first, first + size)])
-        solutions = []
-        for place, x in enumerate(waiting.pop(0)):
+        alive += waiting.pop(0)
+        for place, x in enumerate(alive[-size:]):
             index = generation * size + place
             assert sampler.ask(index) == pytest.approx(x, abs=1e-9)
             sampler.tell(Told(index, sampler.ask(index), sphere(sampler.ask(index))))
-            solutions.append((shortened(optimiser, x) if generation else x, -sphere(tuple(x))[0]))
-        optimiser.tell(solutions)
+        if generation:
+            told = [(shortened(optimiser, x) if generation > 1 else x) for x in alive]
+            losses = [-sphere(tuple(x))[0] for x in alive]
+            optimiser.tell(list(zip(told, losses, strict=True)))
+            del alive[:size]
 
 
-def shortened(optimiser: CMA, x: np.ndarray) -> np.ndarray:
+def shortened(optimiser: CMA | SepCMA, x: np.ndarray) -> np.ndarray:
     """Hansen 2011's clipping, by a Cholesky factor."""
     n = len(x)
     step = x - optimiser.mean
-    u = np.linalg.solve(np.linalg.cholesky(optimiser._C), step / optimiser._sigma)
+    c = optimiser._C if isinstance(optimiser, CMA) else np.diag(optimiser._C)
+    u = np.linalg.solve(np.linalg.cholesky(c), step / optimiser._sigma)
     longest = np.sqrt(n) + 2 * n / (n + 2)
     return optimiser.mean + step * min(1.0, longest / np.linalg.norm(u))
 
 
-@pytest.mark.parametrize("genes", [7, 120])
-def test_asynchronous_told_in_sequence_is_generational(genes):
-    ordered, free = cmaes(genes, seed=5), cmaes(genes, seed=5, schedule="asynchronous")
-    for index in range(5 * ordered.population):
-        genome = ordered.ask(index)
-        assert free.ask(index) == genome
-        ordered.tell(Told(index, genome, sphere(genome)))
-        state = index - index % ordered.population  # a generation comes from one state
-        free.tell(Told(index, genome, sphere(genome), state))
+@pytest.mark.parametrize(("genes", "algorithm"), [(7, CMA), (120, SepCMA)])
+@threadpool_limits.wrap(limits=1)
+def test_asynchronous_told_in_sequence_is_the_package_told_each_result_twice(genes, algorithm):
+    sampler = cmaes(genes, seed=5, schedule="asynchronous")
+    size = sampler.population
+    optimiser = reference(genes, algorithm, 2 * size)
+    alive: list[np.ndarray] = []
+    for index in range(5 * size):
+        x = reference_ask(optimiser, 5, index)
+        assert sampler.ask(index) == pytest.approx(x, abs=1e-9)
+        alive.append(x)
+        sampler.tell(Told(index, sampler.ask(index), sphere(sampler.ask(index)), index))
+        if len(alive) == 2 * size:
+            fresh = 2 * size if index < 2 * size else size
+            told = [shortened(optimiser, x) for x in alive[:-fresh]] + alive[-fresh:]
+            losses = [-sphere(tuple(x))[0] for x in alive]
+            optimiser.tell(list(zip(told, losses, strict=True)))
+            del alive[:size]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    curve=st.sampled_from([math.exp, math.cbrt, lambda v: v**3, lambda v: 1e9 * v - 7]),
+    schedule=st.sampled_from(["generational", "pipelined", "asynchronous"]),
+    seed=st.integers(0, 9),
+)
+def test_only_the_order_of_values_matters(curve, schedule, seed):
+    def bent(genome: Genome) -> tuple[float, ...]:
+        return (curve(sphere(genome)[0]),)
+
+    straight = go_on(cmaes(4, schedule=schedule, seed=seed), range(60), sphere)
+    curved = go_on(cmaes(4, schedule=schedule, seed=seed), range(60), bent)
+    assert [r.genome for r in straight] == [r.genome for r in curved]
 
 
 @pytest.mark.parametrize("levels", [0, 4])
@@ -192,7 +227,7 @@ def test_what_was_asked_for_before_a_restart_is_left_out_of_the_next_run(levels)
         sampler.tell(Told(index, (0.9, 0.9), (1.0,), told - 1))
     assert sampler.ask(10**6) == before
     assert "has not changed in" in sampler.search.ended[0].reason
-    for index in range(1000, 1000 + other.population):
+    for index in range(1000, 1000 + 2 * other.population):
         other.tell(Told(index, (0.9, 0.9 - index / 1e5), (float(index),), told))
     assert other.ask(10**6) != before
 

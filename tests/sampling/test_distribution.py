@@ -38,6 +38,26 @@ def test_it_is_exhausted_when_the_package_stops(genes, levels):
     assert stopped or genes != 2
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_told_a_rotated_cloud_it_is_rotated(seed):
+    """Stale results, far enough to be cut, included."""
+    generator = np.random.default_rng(seed)
+    rotation = np.linalg.qr(generator.standard_normal((6, 6)))[0]
+    first, other = (Distribution([0.5] * 6, sigma=0.02, population=8) for _ in range(2))
+    for _ in range(12):
+        steps = generator.uniform(-0.1, 0.1, (8, 6))
+        losses = generator.permutation(8).astype(float).tolist()
+        stale = (generator.random(8) < 0.5).tolist()
+        first.tell([tuple(0.5 + step) for step in steps], losses, stale)
+        other.tell([tuple(0.5 + rotation @ step) for step in steps], losses, stale)
+    assert other._cma._sigma == pytest.approx(first._cma._sigma, rel=1e-9)
+    moved = rotation @ (first._cma.mean - 0.5)
+    assert other._cma.mean - 0.5 == pytest.approx(moved, abs=1e-10)
+    turned = rotation @ first._cma._C @ rotation.T
+    np.testing.assert_allclose(other._cma._C, turned, rtol=1e-8, atol=1e-10)
+    assert not np.allclose(first._cma._C, other._cma._C)
+
+
 def skew(cma) -> None:
     variances = np.logspace(0, 30, cma.dim)
     cma._sigma, cma._C = 1e-12, np.diag(variances) if isinstance(cma, CMA) else variances
