@@ -13,30 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.skeleton import skeleton
 from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import CheckpointError
 from evomerge.merging.binding import Target, bind
 from evomerge.merging.compute import BLOCK_SIZE
 from evomerge.merging.kernels.facts import Memory, Store
 from evomerge.merging.merge import DTYPES, Merge
+from evomerge.merging.placement import spread
 from evomerge.merging.recipe import Recipe
 
 
 def load_model(
-    checkpoint: Weights, dtype: str | None = None, device: str = "cpu"
+    checkpoint: Model, dtype: str | None = None, device: str = "cpu", *others: str
 ) -> tuple[torch.nn.Module, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
-    `dtype` is a name in `merge.DTYPES`; None takes the checkpoint's own. Code that comes with a
-    checkpoint is never run. Raises CheckpointError for what transformers cannot load.
+    `dtype` is a name in `merge.DTYPES`; None takes the checkpoint's own. With `others` the layers
+    are spread over all devices; inputs go to the first. Code that comes with a checkpoint is never
+    run. Raises CheckpointError for what transformers cannot load.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     wanted = DTYPES[dtype] if dtype else "auto"
+    placed: dict[str, Any] = {}
+    if others:
+        empty = skeleton(checkpoint, otherwise="it cannot be spread over several devices")
+        placed["device_map"] = spread(empty, (device, *others), DTYPES[dtype] if dtype else None)
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype=wanted, use_safetensors=True, trust_remote_code=False
+                checkpoint.folder,
+                dtype=wanted,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **placed,
             )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
@@ -44,7 +55,8 @@ def load_model(
         raise CheckpointError(
             f"{checkpoint.path}: transformers cannot load it: {reason}"
         ) from error
-    return model.requires_grad_(False).to(device).eval(), tokenizer
+    model = model.requires_grad_(False).eval()
+    return model if placed else model.to(device), tokenizer
 
 
 @contextmanager

@@ -254,7 +254,7 @@ class _Decoder:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
             positions = positions[:, -1:] + 1
             if 2 * len(going) <= len(mask):
-                chosen = torch.tensor(places, device=mask.device)
+                chosen = torch.tensor(places)  # layers may lie on several devices
                 cache.batch_select_indices(chosen)
                 inputs, mask, positions = inputs[chosen], mask[chosen], positions[chosen]
                 places = list(range(len(going)))

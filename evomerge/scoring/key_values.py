@@ -140,7 +140,8 @@ class _SharedLayer(DynamicLayer):  # type: ignore[misc]
             if rows is None:
                 place.copy_(states)
             else:
-                torch.index_select(states, 0, rows, out=place)
+                # rows are where inputs are; the layer may be elsewhere
+                torch.index_select(states, 0, rows.to(states.device), out=place)
             start += states.shape[-2]
         joined[:, :, start:] = own
         return joined

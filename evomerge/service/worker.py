@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import NonFiniteModel, VersionMismatch
+from evomerge.errors import InfrastructureError, NonFiniteModel, VersionMismatch
 from evomerge.merging.recipe import Recipe
 from evomerge.service.wire import failure_of
 from evomerge.spec import StudySpec
@@ -36,6 +36,7 @@ class Worker:
         self._spec: StudySpec | None = None
         self._places: dict[str, str] = {}
         self._dtype = self._device = ""
+        self._devices: list[str] = []
         self._resident: tuple[Materialiser, ResidentScorer] | None = None
 
     def inspect(self, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +68,8 @@ class Worker:
         self._spec = StudySpec.model_validate(spec)
         self._places = {digest: path for path, digest in digests.items()}
         self._dtype = dtype
-        self._device = device_of(spec["evaluation"]["device"])
+        self._devices = devices_of(spec["evaluation"]["device"], spec["workers"]["num_gpus"])
+        self._device = self._devices[0]
         self._resident = None
 
     def run(self, token: str, recipe: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class Worker:
         spec = self._spec
         models = open_models((spec.base, *spec.sources.values()))
         model, tokenizer = twice(
-            lambda: load_model(models[spec.base], self._dtype, self._device),
+            lambda: load_model(models[spec.base], self._dtype, *self._devices),
             spec.base,
             self._device,
         )
@@ -173,6 +175,24 @@ def device_of(wanted: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def devices_of(wanted: str, num_gpus: float) -> list[str]:
+    """The devices that a worker's model lies on: several where it has several GPUs.
+
+    Raises InfrastructureError where there are fewer.
+    """
+    device = device_of(wanted)
+    if num_gpus < 2 or device != "cuda":
+        return [device]
+    import torch
+
+    here = torch.cuda.device_count()
+    if here < num_gpus:
+        raise InfrastructureError(
+            f"`workers.num_gpus` is {num_gpus:g}, and this worker sees {here} GPUs"
+        )
+    return [f"cuda:{number}" for number in range(int(num_gpus))]
 
 
 def limit_threads(spec: Mapping[str, Any]) -> None:

@@ -144,11 +144,11 @@ def _refusals(executor: Executor, refused: list[Job]) -> list[str]:
     """Why these jobs, or all jobs, cannot be run."""
     try:
         wait_for_room(executor, len(refused))
+        for job in refused:
+            executor.submit(job)
+        events = collect(executor, len(refused)).values()
     except InfrastructureError as error:
         return [str(error)]
-    for job in refused:
-        executor.submit(job)
-    events = collect(executor, len(refused)).values()
     return [event.failure.message if event.failure else "no refusal" for event in events]
 
 
