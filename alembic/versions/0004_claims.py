@@ -24,6 +24,7 @@ def upgrade() -> None:
         sa.Column("pool", sa.String(255), nullable=False),
         sa.Column("priority", sa.Integer, nullable=False),
         sa.Column("wanted", sa.Integer, nullable=False),
+        sa.Column("held", sa.Integer, nullable=False),
         sa.Column("worker", sa.JSON, nullable=False),
         sa.Column("since", UTC, nullable=False),
         sa.Column("lease_until", UTC, nullable=False),

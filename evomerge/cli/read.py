@@ -19,7 +19,7 @@ from evomerge.service.standing import standing
 from evomerge.service.survey import Survey
 from evomerge.spec import PARTS, StudySpec
 from evomerge.store import open_store
-from evomerge.store.base import Controller, Refusal, StudyRecord, StudyStore
+from evomerge.store.base import Claim, Controller, Refusal, StudyRecord, StudyStore
 from evomerge.trial import Score, Trial
 
 if TYPE_CHECKING:
@@ -47,13 +47,16 @@ def status(
     """Where every study stands, or one of them."""
     opened = open_store(store, create=False)
     records = [opened.study(study)] if study else list(opened.studies())
-    rows = [_status(record, opened) for record in records]
+    claims = {claim.study: claim for claim in opened.claims(now=utc_now())}
+    rows = [_status(record, opened, claims.get(record.name)) for record in records]
     if json:
         print_json(rows[0] if study else rows)
     elif rows:
-        print_table(["study", "phase", "trials", "failed", "best", "controller"], [
+        counted = ["trials", "failed", "best", "priority", "workers"]
+        print_table(["study", "phase", *counted, "controller"], [
             [r["study"], r["phase"], f"{r['trials']['finished']}/{r['trials']['budget']}",
-             str(r["trials"]["failed"]), _number(r["best"]), r["controller"] or "none running"]
+             str(r["trials"]["failed"]), _number(r["best"]), str(r["priority"]),
+             _workers(r["workers"]), r["controller"] or "none running"]
             for r in rows
         ])  # fmt: skip
         for record, row in zip(records, rows, strict=True):
@@ -190,7 +193,7 @@ def score_json(score: Score, weights: dict[str, float]) -> dict[str, float]:
     return {**{name: score.tasks[name].value for name in weights}, "mean": mean}
 
 
-def _status(record: StudyRecord, store: StudyStore) -> dict[str, Any]:
+def _status(record: StudyRecord, store: StudyStore, claim: Claim | None) -> dict[str, Any]:
     spec = StudySpec.model_validate(record.spec)
     survey = Survey.read(record, store, whole=False)
     now: Progress = standing(spec, survey.kept, counts=survey.counts)
@@ -207,6 +210,8 @@ def _status(record: StudyRecord, store: StudyStore) -> dict[str, Any]:
         "baselines": {entry.label: entry.mean for entry in now.baselines},
         "created_at": record.created_at.isoformat(),
         "restarts": [asdict(restart) for restart in restarts_of(record)],
+        "priority": spec.workers.priority,
+        "workers": None if claim is None else {"held": claim.held, "wanted": claim.wanted},
         "controller": _holder(store.controller(record.name)),
         "refused": dict(store.refusals(record.name)),
     }
@@ -227,6 +232,10 @@ def _holder(controller: Controller | None) -> str | None:
     if controller is None or not is_running(controller, utc_now()):
         return None
     return f"{controller.host}, process {controller.pid}"
+
+
+def _workers(counts: Mapping[str, int] | None) -> str:
+    return "" if counts is None else f"{counts['held']}/{counts['wanted']}"
 
 
 def _weights(record: StudyRecord) -> dict[str, float]:

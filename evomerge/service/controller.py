@@ -43,7 +43,7 @@ class Controller:
     """Runs one study to its end, or until told to stop.
 
     The ledger's controller token must be the study's live one, and its baselines recorded. `claim`
-    is told now and then for how many workers there is work.
+    is told now and then for how many workers there is work, and how many are at it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Controller:
         *,
         mirror: Mirror | None = None,
         watch: Callable[[Ledger, int], None] = lambda ledger, running: None,
-        claim: Callable[[int], None] = lambda wanted: None,
+        claim: Callable[[int, int], None] = lambda wanted, held: None,
         time_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spec = spec
@@ -92,7 +92,7 @@ class Controller:
         Raises StudyStopped when attempts fail and nothing succeeds.
         """
         self._restore()
-        self._claim(self._wanted())
+        self._claim(self._wanted(), self._dispatcher.running)
         self._search()
         self._to_settle = 0
         self._settle()
@@ -190,7 +190,7 @@ class Controller:
         now_s = self._time_s()
         if now_s - self._renewed_s > CONTROLLER_LEASE_S / 3:
             self._ledger.renew(CONTROLLER_LEASE_S)
-            self._claim(self._wanted())
+            self._claim(self._wanted(), self._dispatcher.running)
             self._renewed_s = now_s
 
     def _wanted(self) -> int:

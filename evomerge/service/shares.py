@@ -68,7 +68,7 @@ class PoolShare:
         self._clock = clock
         self._since = clock()
 
-    def renew(self, wanted: int, lease_s: float) -> None:
+    def renew(self, wanted: int, held: int, lease_s: float) -> None:
         """Claim `wanted` workers for `lease_s` seconds, and hold no more than what that comes to.
 
         A study that nobody shares with is not limited: pools grow, and a machine takes more
@@ -78,7 +78,7 @@ class PoolShare:
         if pool is None:
             return
         now, asked = self._clock(), min(wanted, self._workers.count, pool.capacity)
-        self._claim(self._study, self._workers.priority, asked, lease_s)
+        self._claim(self._study, self._workers.priority, asked, held, lease_s)
         sharing = [c for c in self._store.claims(now=now) if c.pool == pool.name]
         if any(claim.study != self._study and claim.wanted for claim in sharing):
             self._executor.limit(shares(sharing, pool.resources).get(self._study, 0))
@@ -89,20 +89,20 @@ class PoolShare:
     def inspecting(self) -> Iterator[None]:
         """Have one worker before everybody else's attempts, for the length of a `with`."""
         name = f"{self._study} (inspection)"  # the study itself may be running
-        self._claim(name, _FIRST, 1, _INSPECTION_S)
+        self._claim(name, _FIRST, 1, 0, _INSPECTION_S)
         try:
             yield
         finally:
             self._store.withdraw(name, self._token)
 
-    def _claim(self, name: str, priority: int, wanted: int, lease_s: float) -> None:
+    def _claim(self, name: str, priority: int, wanted: int, held: int, lease_s: float) -> None:
         pool = self._executor.pool()
         if pool is None:
             return
         until = self._clock() + timedelta(seconds=lease_s)
-        self._store.claim(
-            Claim(name, self._token, pool.name, priority, wanted, pool.worker, self._since, until)
-        )
+        counts = (priority, wanted, held)
+        claim = Claim(name, self._token, pool.name, *counts, pool.worker, self._since, until)
+        self._store.claim(claim)
 
 
 def _units(claim: Claim) -> dict[str, int]:

@@ -178,7 +178,7 @@ def build_controller(
         _proposer(space, models, spec.sampler.seed),
         mirror=mirror,
         watch=show,
-        claim=lambda wanted: share.renew(wanted, CONTROLLER_LEASE_S),
+        claim=lambda wanted, held: share.renew(wanted, held, CONTROLLER_LEASE_S),
         time_s=time_s,
     )
 

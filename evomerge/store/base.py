@@ -51,8 +51,9 @@ class Controller:
 class Claim:
     """What a running study asks of a pool of workers; it holds until its lease lapses.
 
-    `pool` names the cluster or machine. `wanted` is how many workers it has work for, `worker` what
-    one of them takes of the pool, by resource. `since` says who came first among equals.
+    `pool` names the cluster or machine. `wanted` is how many workers it has work for, `held` how
+    many were at work when the claim was made, `worker` what one of them takes of the pool, by
+    resource. `since` says who came first among equals.
     """
 
     study: str
@@ -60,6 +61,7 @@ class Claim:
     pool: str
     priority: int
     wanted: int
+    held: int
     worker: Mapping[str, float]
     since: datetime
     lease_until: datetime

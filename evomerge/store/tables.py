@@ -166,6 +166,7 @@ claims = sa.Table(
     sa.Column("pool", sa.String(255), nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("wanted", sa.Integer, nullable=False),
+    sa.Column("held", sa.Integer, nullable=False),
     sa.Column("worker", sa.JSON, nullable=False),
     sa.Column("since", UtcDateTime, nullable=False),
     sa.Column("lease_until", UtcDateTime, nullable=False),

@@ -11,7 +11,7 @@ from datetime import timedelta
 from evomerge.store.base import Claim, StudyStore
 from evomerge.testing.store_builders import LEASE, NOW, StudyUnderTest
 
-MINE = Claim("s", "c1", "pool-a", 0, 4, {"GPU": 0.1 + 0.2, "CPU": 2.0}, NOW, NOW + LEASE)
+MINE = Claim("s", "c1", "pool-a", 0, 4, 3, {"GPU": 0.1 + 0.2, "CPU": 2.0}, NOW, NOW + LEASE)
 
 
 class TestsOfClaims:
@@ -26,7 +26,7 @@ class TestsOfClaims:
 
     def test_a_study_has_one_claim_and_the_last_one_holds(self, store: StudyStore) -> None:
         store.claim(MINE)
-        other = replace(MINE, token="c2", pool="pool-b", priority=-3, wanted=0, worker={})
+        other = replace(MINE, token="c2", pool="pool-b", priority=-3, wanted=0, held=0, worker={})
         store.claim(other)
         assert store.claims(now=NOW) == [other]
 

@@ -25,7 +25,7 @@ from evomerge.cli.read import score_json
 from evomerge.cli.running import resume_command
 from evomerge.sampling import Restart
 from evomerge.service.liveness import process_start
-from evomerge.store.base import Controller
+from evomerge.store.base import Claim, Controller
 from evomerge.store.sql import SqlStore
 from evomerge.trial import Score, TaskScore
 
@@ -136,6 +136,7 @@ def test_status_json(call: Any) -> None:
     }
     assert rows[0]["controller"] is None
     assert rows[0]["refused"] == {}
+    assert (rows[0]["priority"], rows[0]["workers"]) == (0, None)
     assert json.loads(call("status", "another", "--json")[1])["study"] == "another"
 
 
@@ -154,6 +155,19 @@ def test_status_shows_a_controller_only_while_it_runs(
     monkeypatch.setenv("EVOMERGE_STORE", store.engine.url.render_as_string())
     named = f"{socket.gethostname()}, process {pid}" if shown else None
     assert json.loads(call("status", "zoo-ties", "--json")[1])["controller"] == named
+
+
+def test_status_shows_workers_at_work_and_wanted(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = SqlStore(f"sqlite:///{tmp_path / 'claimed.db'}")
+    store_study(store)
+    now = datetime.now(UTC)
+    until = now + timedelta(seconds=60)
+    store.claim(Claim("zoo-ties", "d", "pool", 0, 8, 3, {"CPU": 1.0}, now, until))
+    monkeypatch.setenv("EVOMERGE_STORE", store.engine.url.render_as_string())
+    assert json.loads(call("status", "--json")[1])[0]["workers"] == {"held": 3, "wanted": 8}
+    assert "3/8" in call("status")[1]
 
 
 def test_trials_json(call: Any, url: str) -> None:

@@ -24,7 +24,7 @@ LATER = NOW + timedelta(hours=1)
 
 
 def claim(study: str, wanted: int, *, priority: int = 0, **worker: float) -> Claim:
-    return Claim(study, "t", "pool", priority, wanted, worker or {"GPU": 1.0}, NOW, LATER)
+    return Claim(study, "t", "pool", priority, wanted, 0, worker or {"GPU": 1.0}, NOW, LATER)
 
 
 def of(claims: Sequence[Claim], **pool: float) -> list[int]:
@@ -79,7 +79,7 @@ def test_studies_of_other_resources_do_not_meet() -> None:
 sizes = st.fixed_dictionaries({}, optional={"GPU": st.sampled_from([0.25, 0.1, 1, 2]),
                                             "CPU": st.integers(1, 4)})  # fmt: skip
 several = st.lists(st.tuples(st.integers(0, 12), st.integers(-2, 2), sizes), max_size=6).map(
-    lambda drawn: [Claim(str(n), "t", "pool", p, w, size, NOW, LATER)
+    lambda drawn: [Claim(str(n), "t", "pool", p, w, 0, size, NOW, LATER)
                    for n, (w, p, size) in enumerate(drawn)])  # fmt: skip
 alike = several.map(lambda claims: [replace(c, worker={"GPU": 1.0}) for c in claims])
 equals = alike.map(lambda claims: [replace(c, priority=0) for c in claims])
@@ -163,23 +163,23 @@ def sharer(store: MemoryStore, executor: Limited, study: str, **workers: int) ->
 
 def test_who_is_alone_is_not_limited_and_other_pools_do_not_count() -> None:
     store, mine = MemoryStore(), Limited()
-    sharer(store, Limited("elsewhere"), "far").renew(9, 30)
+    sharer(store, Limited("elsewhere"), "far").renew(9, 0, 30)
     idle = sharer(store, Limited(), "idle")
-    idle.renew(0, 30)
+    idle.renew(0, 0, 30)
     share = sharer(store, mine, "s")
-    share.renew(9, 30)
-    idle.renew(3, 30)
-    share.renew(9, 30)
-    sharer(store, Limited(), "lapsed", priority=5).renew(9, 0)
-    share.renew(9, 30)
+    share.renew(9, 0, 30)
+    idle.renew(3, 0, 30)
+    share.renew(9, 0, 30)
+    sharer(store, Limited(), "lapsed", priority=5).renew(9, 0, 0)
+    share.renew(9, 0, 30)
     assert mine.limits == [None, 5, 5]
     assert {c.study: c.wanted for c in store.claims(now=NOW)} == {"far": 8, "idle": 3, "s": 8}
 
 
 def test_what_fits_no_node_keeps_nobody_waiting() -> None:
     store, mine = MemoryStore(), Limited()
-    sharer(store, Limited(capacity=0), "huge", priority=9).renew(9, 30)
-    sharer(store, mine, "s").renew(9, 30)
+    sharer(store, Limited(capacity=0), "huge", priority=9).renew(9, 0, 30)
+    sharer(store, mine, "s").renew(9, 0, 30)
     assert mine.limits == [None]
 
 
@@ -187,10 +187,10 @@ def test_an_inspection_has_a_worker_before_everybody_and_gives_it_back() -> None
     store, mine = MemoryStore(), Limited()
     running = sharer(store, mine, "running", priority=7)
     with sharer(store, Limited(), "new", priority=-7).inspecting():
-        running.renew(8, 30)
+        running.renew(8, 0, 30)
         with sharer(store, Limited(), "running").inspecting():  # a second start, to be refused
-            running.renew(8, 30)
-    running.renew(8, 30)
+            running.renew(8, 0, 30)
+    running.renew(8, 0, 30)
     assert mine.limits == [7, 6, None]
 
 
