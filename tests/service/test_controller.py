@@ -161,7 +161,7 @@ def test_a_trial_that_keeps_failing_where_others_succeed_is_given_up(store: Memo
         number = next(
             t.number for t in store.trials(spec.name) for a in t.attempts if a.token == job.token
         )
-        return Failure("OutOfMemory", "no room") if number == poison else None
+        return Failure("RuntimeError", "device-side assert") if number == poison else None
 
     assert run_synthetic(spec, store, SyntheticExecutor(2, fault=fault))
     trial = store.trial(spec.name, poison)
