@@ -7,6 +7,7 @@ no further process has to live. Knows nothing of trials, and of executors only w
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 
@@ -14,6 +15,7 @@ from evomerge.service.executor import Executor
 from evomerge.spec import Workers
 from evomerge.store.base import Claim, StudyStore
 
+_log = logging.getLogger(__name__)
 _INSPECTION_S = 1200.0  # nothing renews its claim: longer than a worker is waited for
 _FIRST = 2**31 - 1  # the priority of an inspection: else a study of low priority could never start
 _UNITS = 10_000  # of a resource; Ray counts in these too, so that 10 times 0.1 GPUs are one
@@ -67,6 +69,7 @@ class PoolShare:
         self._token = token
         self._clock = clock
         self._since = clock()
+        self._waits = False
 
     def renew(self, wanted: int, held: int, lease_s: float) -> None:
         """Claim `wanted` workers for `lease_s` seconds, and hold no more than what that comes to.
@@ -80,10 +83,11 @@ class PoolShare:
         now, asked = self._clock(), min(wanted, self._workers.count, pool.capacity)
         self._claim(self._study, self._workers.priority, asked, held, lease_s)
         sharing = [c for c in self._store.claims(now=now) if c.pool == pool.name]
+        limit = None
         if any(claim.study != self._study and claim.wanted for claim in sharing):
-            self._executor.limit(shares(sharing, pool.resources).get(self._study, 0))
-        else:
-            self._executor.limit(None)
+            limit = shares(sharing, pool.resources).get(self._study, 0)
+        self._executor.limit(limit)
+        self._say(waits=bool(asked) and limit == 0)
 
     @contextlib.contextmanager
     def inspecting(self) -> Iterator[None]:
@@ -94,6 +98,14 @@ class PoolShare:
             yield
         finally:
             self._store.withdraw(name, self._token)
+
+    def _say(self, *, waits: bool) -> None:
+        if waits and not self._waits:
+            _log.warning(
+                "study %s waits: others that share its workers come first; `evomerge status` lists "
+                "them, and `workers.priority` puts one before another", self._study
+            )  # fmt: skip
+        self._waits = waits
 
     def _claim(self, name: str, priority: int, wanted: int, held: int, lease_s: float) -> None:
         pool = self._executor.pool()

@@ -108,6 +108,33 @@ class ExecutorContract:
         assert not executor.poll(0.5)
         wait_for_room(executor, 2)
 
+    def test_a_worker_above_the_limit_goes_when_its_job_ends(
+        self, executor: Executor, record: StudyRecord
+    ) -> None:
+        wait_for_room(executor, 2)
+        for job in jobs(record, 2):
+            executor.submit(job)
+        executor.limit(1)
+        assert executor.free() == 0
+        assert all(event.score is not None for event in collect(executor, 2).values())
+        assert executor.free() == 1
+        executor.limit(0)
+        assert executor.free() == 0
+        executor.limit(None)
+        wait_for_room(executor, 2)
+        good = jobs(record, 1)[0]
+        executor.submit(good)
+        assert collect(executor, 1)[good.token].score is not None
+
+    def test_a_pool_holds_the_workers_it_says_it_does(self, executor: Executor) -> None:
+        pool = executor.pool()
+        if pool is None:
+            return
+        assert pool.name
+        assert any(pool.worker.values())
+        for resource, amount in pool.worker.items():
+            assert pool.resources[resource] >= pool.capacity * amount
+
     def test_a_lost_worker_is_one_failed_attempt(
         self, executor: Executor, record: StudyRecord
     ) -> None:

@@ -194,6 +194,16 @@ def test_an_inspection_has_a_worker_before_everybody_and_gives_it_back() -> None
     assert mine.limits == [7, 6, None]
 
 
+def test_a_study_that_is_left_with_none_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    store, mine = MemoryStore(), Limited()
+    share, urgent = sharer(store, mine, "s"), sharer(store, Limited(), "urgent", priority=1)
+    for wanted in (8, 8, 5, 8):
+        urgent.renew(wanted, 0, 30)
+        share.renew(9, 0, 30)
+    assert mine.limits == [0, 0, 3, 0]
+    assert [record.getMessage()[:13] for record in caplog.records] == ["study s waits"] * 2
+
+
 def test_a_study_leaves_no_claim_and_ends_as_it_would_alone() -> None:
     store, spec, alone = MemoryStore(), synthetic_spec(), MemoryStore()
     executor = Limited()

@@ -1,4 +1,7 @@
-"""Workers that fail again and again, on a Ray made of plain objects and a clock that tests move."""
+"""Workers that fail again and again, or are given back to other studies.
+
+On a Ray made of plain objects and a clock that tests move.
+"""
 
 from __future__ import annotations
 
@@ -431,3 +434,67 @@ def _no_torch(*_: Any, **__: Any) -> None:
 def test_one_and_a_half_gpus_are_refused() -> None:
     with pytest.raises(UserError, match=r"num_gpus.*1\.5"):
         RayExecutor(Workers(num_gpus=1.5))
+
+
+def test_what_is_above_the_limit_goes_when_its_job_ends_and_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(lambda place, before: "score")
+    executor, _clock = executor_on(monkeypatch, ray, 4)
+    for n in range(3):
+        executor.submit(Job(f"job-{n}", RECIPE, "search"))
+    executor.limit(1)
+    assert executor.free() == 0
+    assert len(ray._places) == 3, "the idle one went at once, those at work did not"
+    assert len(executor.poll(0)) == 3, "no job was cut off"
+    assert executor.free() == 1
+    assert len(ray._places) == 1
+    executor.limit(None)
+    executor.free()
+    executor.poll(0)
+    assert (executor.free(), len(ray._places)) == (4, 4)
+
+
+def test_places_above_the_limit_stay_asked_for_but_not_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(lambda place, before: "score")
+    executor, clock = executor_on(monkeypatch, ray, 2)
+    executor.limit(1)
+    executor.free()
+    assert ray.started == 2
+    clock.now_s += module._CROWD_S - 1
+    executor.free()
+    assert ray.started == 2, "another study's actor comes first"
+    clock.now_s += 1
+    executor.free()
+    assert ray.started == 3, "an autoscaler sees it"
+    executor.poll(0)
+    assert executor.free() == 1, "it came, and gets no job"
+    assert (len(ray._places), ray.started) == (1, 3)
+
+
+def test_a_worker_that_refuses_is_given_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(lambda *_: "score", refuses=lambda place: REFUSAL if place == 0 else None)
+    executor, _clock = executor_on(monkeypatch, ray)
+    executor.prepare(Setup(SPEC, {}, "float32"))
+    executor.poll(0)
+    executor.limit(1)
+    assert executor.free() == 1
+    assert list(ray._places) == [1]
+
+
+def test_the_pool_is_the_live_nodes_and_a_worker_fits_on_one_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(lambda *_: "score")
+    executor, _clock = executor_on(monkeypatch, ray)
+    one = {"CPU": 8.0, "GPU": 3.0, "memory": 1e9}
+    small = {"CPU": 9.0, "GPU": 1.0}
+    live = [{"Alive": True, "Resources": resources} for resources in (one, small, {})]
+    nodes = [*live, {"Alive": False, "Resources": one}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    executor._workers = Workers(num_gpus=2, num_cpus=4)
+    pool = executor.pool()
+    assert (pool.name, pool.resources) == ("fake", {"CPU": 17.0, "GPU": 4.0})
+    assert (pool.worker, pool.capacity) == ({"CPU": 4.0, "GPU": 2.0}, 1)
