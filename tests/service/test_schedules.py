@@ -35,7 +35,7 @@ def bad(job: Job) -> Failure | None:
     """A property of the candidate alone, whoever runs it when."""
     weight = job.recipe["sources"][0]["parameters"].get("weight", 1.0)
     searched = job.part == "search" and not isinstance(weight, float)
-    return NAN if searched and sum(str(weight).encode()) % 7 == 0 else None
+    return NAN if searched and sum(str(weight).encode()) % 4 == 0 else None
 
 
 def crashing_run(spec: StudySpec, store: MemoryStore) -> int:
