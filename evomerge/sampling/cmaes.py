@@ -5,8 +5,8 @@ a random mean. Knows nothing of stores or of who evaluates.
 
 Source: Hansen 2016, arXiv:1604.00772. Where we differ: only ranks enter, a generation without any
 ranking widens the distribution and is not learned from, and under the schedules whose results are
-stale anyway a result lives for two updates: a (μ, κ, λ) selection with κ = 2 (Schwefel and Rudolph
-1995, Contemporary evolution strategies).
+stale anyway a result lives for κ = 2 updates, after the (μ, κ, λ) selection of Schwefel and Rudolph
+1995, Contemporary evolution strategies, where only the parents live on.
 """
 
 from __future__ import annotations
