@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from evomerge.merging.methods.sens_merging import layer_name
 
 
 @dataclass(frozen=True)
@@ -39,5 +42,20 @@ def _greedy_soup(
     return Learned({"ingredients": dice.sample(sorted(names), dice.randint(1, len(names)))})
 
 
-LEARNED: Mapping[str, Draw] = MappingProxyType({"greedy_soup": _greedy_soup})
+def _sensitivity(
+    dice: random.Random, tensor: str, shape: tuple[int, ...], names: Sequence[str]
+) -> Learned:
+    layers, count = [layer_name(tensor), "head"], len(names)
+
+    def matrix(width: int) -> Tensor:
+        rows = [[dice.random() for _ in range(width)] for _ in names]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    tensors = {"elementwise": matrix(2), "inner": matrix(2), "distances": matrix(count)}
+    return Learned({"sources": sorted(names), "layers": layers}, tensors)
+
+
+LEARNED: Mapping[str, Draw] = MappingProxyType(
+    {"greedy_soup": _greedy_soup, "sensitivity": _sensitivity}
+)
 """By the kind of artifact."""

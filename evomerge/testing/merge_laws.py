@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from evomerge.merging.methods.base import Block, Coefficients, Fitted, MergeMethod, Parameter
+from evomerge.merging.methods.sens_merging import BASE_METHODS
 from evomerge.merging.values import Scalar
 from evomerge.testing.fitted_cases import LEARNED
 
@@ -413,6 +414,14 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (zero_scale_is_base, {"t": 0.0}),
             (neutral_is_source, {"t": 1e9}),
             (untrained_is_base, {}),
+        ),
+        "sens_merging": _obeyed(
+            (zero_scale_is_base, {"lambda": 0.0}),
+            (untrained_is_base, {}),
+            (scales_with_task_vectors, {}),
+            (neutral_is_source, {"lambda": 1.0, "density": 1.0}),
+            (seed_decides, {"base_method": "dare_linear", "lambda": 1.0, "density": 0.5}),
+            *((cutting_is_irrelevant, {"base_method": name}) for name in BASE_METHODS),
         ),
     }
 )

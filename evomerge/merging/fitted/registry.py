@@ -8,9 +8,10 @@ from types import MappingProxyType
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.base import Fitter
 from evomerge.merging.fitted.greedy_soup import GreedySoupFit
+from evomerge.merging.fitted.sensitivity import SensitivityFit
 from evomerge.spec import nearest
 
-_ALL: tuple[Fitter, ...] = (GreedySoupFit(),)
+_ALL: tuple[Fitter, ...] = (GreedySoupFit(), SensitivityFit())
 FITTERS: Mapping[str, Fitter] = MappingProxyType({fitter.name: fitter for fitter in _ALL})
 
 

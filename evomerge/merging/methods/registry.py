@@ -34,6 +34,7 @@ from evomerge.merging.methods.passthrough import Passthrough
 from evomerge.merging.methods.pcb import Pcb
 from evomerge.merging.methods.ram import Ram
 from evomerge.merging.methods.sce import Sce
+from evomerge.merging.methods.sens_merging import SensMerging
 from evomerge.merging.methods.slerp import Slerp
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
 from evomerge.merging.methods.ties import Ties
@@ -76,6 +77,7 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             TsvM(),
             Pcb(),
             Widen(),
+            SensMerging(),
         )
     }
 )

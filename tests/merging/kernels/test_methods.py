@@ -37,6 +37,7 @@ PROGRAMMED = [
     "dare_ties",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "sens_merging",
 ]
 
 
