@@ -134,12 +134,16 @@ class Workers(_Section):
 
 
 class StudySpec(_Section):
-    """Everything a study is defined by. Paths are absolute once `load` has read them."""
+    """Everything a study is defined by. Paths are absolute once `load` has read them.
+
+    `artifact` is what `evomerge fit` left, for a space whose merge method learns from data.
+    """
 
     name: Name
     base: str = Field(min_length=1)
     sources: dict[Name, str] = Field(min_length=1)
     space: str | dict[str, Any] = "source_depth"
+    artifact: str | None = Field(default=None, min_length=1)
     objective: Objective
     sampler: SamplerSpec = SamplerSpec()
     budget: Budget
@@ -212,6 +216,7 @@ class StudySpec(_Section):
                 "sources": {name: locate(path, folder) for name, path in self.sources.items()},
                 "objective": objective,
                 "space": space,
+                "artifact": locate(self.artifact, folder),
             }
         )
 

@@ -196,8 +196,11 @@ class Merge:
         return base | {s.name: self.models[s.model.path] for s in self.recipe.sources}
 
     def _opened(self, reference: ModelRef) -> Artifact:
-        """The recipe's artifact. Raises MergeError for one of another kind or of other models."""
+        """The recipe's artifact. Raises MergeError for another one, one of another kind or one of
+        other models."""
         artifact = open_artifact(reference.path)
+        if reference.digest not in (None, artifact.digest):
+            raise MergeError(f"{reference.path}: was fitted again and is another artifact now")
         wanted = {registry.get(part.recipe.method).artifact for part in parts(self.recipe).values()}
         kind = artifact.provenance.kind
         for other in sorted(filter(None, wanted - {kind})):

@@ -42,6 +42,8 @@ def _spec(record: StudyRecord) -> dict[str, Any]:
     spec = StudySpec.model_validate(record.spec).identity()
     spec["base"] = _Contents(spec["base"], digests)
     spec["sources"] = {name: _Contents(path, digests) for name, path in spec["sources"].items()}
+    if spec["artifact"] is not None:
+        spec["artifact"] = _Contents(spec["artifact"], digests)
     spec["objective"].pop("include_path")
     spec["space"] = {key: value for key, value in spec["space"].items() if key != "about"}
     return spec
@@ -71,7 +73,7 @@ def _scorer(record: StudyRecord, other: StudyRecord) -> dict[str, Any]:
 
 
 class _Contents:
-    """A checkpoint: it is what is in it, and is shown with the place where it lies."""
+    """A checkpoint or artifact: it is what is in it, and is shown with the place where it lies."""
 
     def __init__(self, path: str, digests: Mapping[str, str]) -> None:
         self._path, self._digest = path, digests[path]

@@ -17,6 +17,7 @@ from evomerge.errors import SpecError, TaskError, UserError
 from evomerge.merging.layout import layer_of
 from evomerge.scoring.fingerprint import fingerprint_digest, scorer_fingerprint
 from evomerge.scoring.tasks import LoadedTasks, load_tasks
+from evomerge.service.artifacts import inspect_artifact
 from evomerge.space import Space, check_space, load_space
 from evomerge.spec import StudySpec
 
@@ -33,6 +34,9 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
     scans = {path: model.scan() for path, model in models.items()}
     for path, scan in scans.items():
         problems += [f"{path}: tensor {name} holds NaN or infinity" for name in scan.non_finite]
+    digests = {path: scan.digest for path, scan in scans.items()}
+    if space is not None:
+        digests |= inspect_artifact(spec, space.method, digests, tasks, problems)
     if problems or tasks is None or space is None:
         raise SpecError(f"study {spec.name!r}", problems)
     base = models[spec.base]
@@ -46,7 +50,7 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
         share_context=spec.evaluation.share_context,
     )
     return {
-        "digests": {path: scan.digest for path, scan in scans.items()},
+        "digests": digests,
         "dtype": dtype,
         "layers": max((n for name in base.names if (n := layer_of(name)) is not None), default=-1)
         + 1,

@@ -43,19 +43,25 @@ MakeMirror = Callable[[StudyRecord, Sequence[Gene]], Mirror | None]
 
 @dataclass(frozen=True)
 class Models:
-    """A study's checkpoints by content, and the dtype that merged models are rounded to."""
+    """A study's checkpoints by content, and the dtype that merged models are rounded to.
+
+    `artifact` is there where the space's method applies one.
+    """
 
     base: ModelRef
     sources: Mapping[str, ModelRef]
     dtype: str
+    artifact: ModelRef | None = None
 
     @classmethod
     def of(cls, record: StudyRecord) -> Models:
         spec, digests = record.spec, record.inspection["digests"]
+        artifact = spec.get("artifact")  # studies of older versions lack the key
         return cls(
             base=ModelRef(spec["base"], digests[spec["base"]]),
             sources={name: ModelRef(p, digests[p]) for name, p in spec["sources"].items()},
             dtype=record.inspection["dtype"],
+            artifact=ModelRef(artifact, digests[artifact]) if artifact else None,
         )
 
 
@@ -198,7 +204,12 @@ def _idle_workers(spec: StudySpec, sampler: Sampler) -> str | None:
 def _proposer(space: Space, models: Models, seed: int) -> Callable[[int, int, Genome], NewTrial]:
     def propose(number: int, index: int, genome: Genome) -> NewTrial:
         recipe = space.decode(
-            genome, base=models.base, sources=models.sources, dtype=models.dtype, seed=seed
+            genome,
+            base=models.base,
+            sources=models.sources,
+            dtype=models.dtype,
+            seed=seed,
+            artifact=models.artifact,
         )
         return NewTrial(
             number, "search", f"trial {number}", genome, recipe.to_json(), recipe.digest

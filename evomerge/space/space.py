@@ -124,6 +124,7 @@ class Space(BaseModel):
         sources: Mapping[str, ModelRef],
         dtype: str | None,
         seed: int,
+        artifact: ModelRef | None = None,
     ) -> Recipe:
         """The recipe that a genome [genes] of the unit cube stands for.
 
@@ -147,6 +148,7 @@ class Space(BaseModel):
             parameters=_resolve(self.recipe, None, values),
             dtype=dtype,
             seed=seed,
+            artifact=artifact,
         )
 
     def to_json(self) -> dict[str, Any]:

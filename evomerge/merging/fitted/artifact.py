@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from evomerge.merging.recipe import Recipe
 DOCUMENT = "artifact.json"
 TENSORS = "artifact.safetensors"
 _VERSION = 1
+_PART = "artifact-{}.safetensors"
 _STATE = "fit-{}.safetensors"
 
 
@@ -37,7 +38,8 @@ _STATE = "fit-{}.safetensors"
 class Provenance:
     """What an artifact was fitted on: `base` and `sources` by name as digests of their contents.
 
-    `calibration` is the data's digest, `counts` how many examples each source had.
+    `calibration` is the data's digest, `counts` how many examples each source had, `items` the
+    content hashes of what they were made from, sorted, each once.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Provenance:
     described: Mapping[str, str]
     settings: Mapping[str, Any]
     seed: int
+    items: Sequence[str] = field(default_factory=list)
 
     @property
     def purpose(self) -> str:
@@ -75,9 +78,9 @@ class Artifact:
         self.facts: Mapping[str, Any] = document["facts"]
         self.cost: Mapping[str, float] = document["cost"]
         self.digest: str = document["digest"]
-        file: Any = safe_open(folder / TENSORS, framework="pt")  # mapped, not read
-        self._file = file
-        self.names = frozenset(file.keys())
+        files: list[Any] = [safe_open(folder / f, framework="pt") for f in document["files"]]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        self.names = frozenset(self._files)
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -88,7 +91,7 @@ class Artifact:
             raise CheckpointError(
                 f"{self.folder}: no tensor {name!r}; it was fitted on models with other tensors"
             )
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor: Tensor = self._files[name].get_tensor(name)  # mapped, not read
         return tensor
 
     def check_models(self, recipe: Recipe) -> None:
@@ -148,8 +151,8 @@ class Draft:
     """An artifact in the making: what is saved survives a crash.
 
     `state` is what the last `save` of an earlier attempt at the same fit left: tensors by name, and
-    notes; None for a fit that begins. `flops` are those of this attempt; a draft adds up the
-    attempts, and their seconds.
+    notes; None for a fit that begins. `kept` are the notes of the parts that are finished, by their
+    names. `flops` are those of this attempt; a draft adds up the attempts, and their seconds.
     """
 
     def __init__(self, aside: Aside, provenance: Provenance) -> None:
@@ -159,11 +162,36 @@ class Draft:
         self._before = {"seconds": 0.0, "flops": 0.0}
         self.state = self._read()
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The notes of each part kept so far, by its name."""
+        notes = self._aside.finished
+        return {notes[file]["part"]: notes[file]["notes"] for file in self._files(_PART)}
+
+    def keep(
+        self,
+        part: str,
+        tensors: Mapping[str, Tensor],
+        notes: Mapping[str, Any],
+        *,
+        flops: float,
+    ) -> None:
+        """Write a part of the artifact that is final, so that nothing writes it again.
+
+        What was saved before is dropped: it belonged to the part.
+        """
+        name = _PART.format(len(self.kept) + 1)
+        digests = _write(tensors, self._aside.folder / name)
+        note = {"part": part, "notes": dict(notes), "digests": digests, "cost": self._cost(flops)}
+        self._aside.finish(name, note)
+        for old in self._files(_STATE):
+            self._aside.drop(old)
+
     def save(
         self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], *, flops: float
     ) -> None:
         """Keep how far the fit has come, in place of what was saved before."""
-        before = list(self._aside.finished)
+        before = self._files(_STATE)
         number = 1 + max((int(n.split("-")[1].split(".")[0]) for n in before), default=0)
         name = _STATE.format(number)
         save_file({key: t.contiguous() for key, t in tensors.items()}, self._aside.folder / name)
@@ -175,13 +203,14 @@ class Draft:
     def finish(
         self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, flops: float
     ) -> None:
-        """Write the artifact itself."""
-        owned = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(owned, self._aside.folder / TENSORS)
-        flush(self._aside.folder / TENSORS)
-        digests = {name: tensor_digest(name, tensor) for name, tensor in owned.items()}
+        """Write the artifact itself: these tensors, and those of the parts that are kept."""
+        digests = _write(tensors, self._aside.folder / TENSORS)
+        parts = self._files(_PART)
+        for file in parts:
+            digests |= self._aside.finished[file]["digests"]
         document = {
             "version": _VERSION,
+            "files": [TENSORS, *parts],
             "evomerge": evomerge.__version__,
             "digest": _digest(self._provenance, facts, digests),
             "provenance": self._provenance.__dict__,
@@ -191,15 +220,21 @@ class Draft:
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
         (self._aside.folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")
         flush(self._aside.folder / DOCUMENT)
-        for old in list(self._aside.finished):
+        for old in self._files(_STATE):
             self._aside.drop(old)
+
+    def _files(self, form: str) -> list[str]:
+        start = form.split("{}")[0]
+        return [name for name in self._aside.finished if name.startswith(start)]
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if not self._aside.finished:
             return None
-        name, notes = list(self._aside.finished.items())[-1]
-        self._before = notes["cost"]
-        return load_file(self._aside.folder / name), notes["notes"]
+        self._before = list(self._aside.finished.values())[-1]["cost"]
+        if not (states := self._files(_STATE)):
+            return None
+        name = states[-1]
+        return load_file(self._aside.folder / name), self._aside.finished[name]["notes"]
 
     def _cost(self, flops: float) -> dict[str, float]:
         seconds = time.perf_counter() - self._started_s
@@ -219,6 +254,14 @@ def draft(directory: Path, provenance: Provenance, needed_bytes: int = 0) -> Ite
     check_free(directory)
     with written_aside(directory, provenance.purpose, needed_bytes) as aside:
         yield Draft(aside, provenance)
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    """Write tensors to the disk; the digest of each."""
+    owned = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(owned, path)
+    flush(path)
+    return {name: tensor_digest(name, tensor) for name, tensor in owned.items()}
 
 
 def _digest(provenance: Provenance, facts: Mapping[str, Any], tensors: Mapping[str, str]) -> str:

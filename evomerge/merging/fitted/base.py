@@ -117,6 +117,7 @@ def provenance(fitter: Fitter, problem: Problem, settings: Settings) -> Provenan
         described=dict(problem.calibration.described),
         settings=settings.model_dump(mode="json"),
         seed=problem.seed,
+        items=problem.calibration.items,
     )
 
 

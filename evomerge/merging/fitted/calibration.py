@@ -77,6 +77,12 @@ class Calibration:
         """How many examples each source has."""
         return {name: len(examples) for name, examples in self.examples.items()}
 
+    @property
+    def items(self) -> list[str]:
+        """Content hashes of what the examples were made from, sorted, each once."""
+        every = (example.item for examples in self.examples.values() for example in examples)
+        return sorted(set(filter(None, every)))
+
     def of(self, source: str, *, least: int = 1) -> tuple[Example, ...]:
         """A source's examples. Raises UserError if they are fewer than `least`."""
         found = self.examples.get(source, ())
