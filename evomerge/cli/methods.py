@@ -9,6 +9,7 @@ import typer
 from evomerge.cli.options import AsJson, print_json
 
 if TYPE_CHECKING:
+    from evomerge.merging.fitted.base import Fitter
     from evomerge.merging.methods.base import MergeMethod, Parameter
 
 
@@ -46,7 +47,24 @@ def _describe(method: MergeMethod, *, whole: bool) -> None:
         typer.echo(
             f"    {parameter.name} = {parameter.default} {_range(parameter)}, {each}.{words}"
         )
+    if method.artifact is not None:
+        _describe_fit(method.artifact, whole=whole)
     typer.echo("")
+
+
+def _describe_fit(kind: str, *, whole: bool) -> None:
+    fitter = _fitter(kind)
+    typer.echo(f"    applies what a fit learned: {fitter.summary}")
+    typer.echo(f"    the fit needs {', '.join(_needs(fitter))}")
+    if whole:
+        for name, field in fitter.settings.model_fields.items():
+            typer.echo(f"    fit.{name} = {field.default}")
+
+
+def _needs(fitter: Fitter) -> list[str]:
+    base = ["a base"] if fitter.needs_base else []
+    data = "data with answers" if fitter.needs_labels else "data, labels or not"
+    return [*base, data, *(["backward passes"] if fitter.needs_gradients else [])]
 
 
 def _sources(method: MergeMethod) -> str:
@@ -74,6 +92,7 @@ def _document(method: MergeMethod) -> dict[str, Any]:
         "needs_base": method.needs_base,
         "min_sources": method.min_sources,
         "max_sources": method.max_sources,
+        "fit": None if method.artifact is None else _fit_document(_fitter(method.artifact)),
         "parameters": [
             {
                 "name": parameter.name,
@@ -87,4 +106,21 @@ def _document(method: MergeMethod) -> dict[str, Any]:
             }
             for parameter in method.parameters
         ],
+    }
+
+
+def _fitter(kind: str) -> Fitter:
+    from evomerge.merging.fitted.registry import get
+
+    return get(kind)
+
+
+def _fit_document(fitter: Fitter) -> dict[str, Any]:
+    return {
+        "kind": fitter.name,
+        "summary": fitter.summary,
+        "needs_base": fitter.needs_base,
+        "needs_labels": fitter.needs_labels,
+        "needs_gradients": fitter.needs_gradients,
+        "settings": fitter.settings.model_json_schema()["properties"],
     }

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from evomerge.checkpoints.weights import Model
 from evomerge.checkpoints.writer import Entry, header, in_order, write_file
 from evomerge.errors import CandidateError, MergeError
 from evomerge.merging.aside import Aside, check_free, flush, written_aside
+from evomerge.merging.fitted.artifact import DOCUMENT
 from evomerge.merging.inspection import Inspection
 from evomerge.merging.merge import Merge, open_merge
 from evomerge.merging.methods.base import MergeMethod
@@ -36,6 +38,7 @@ from evomerge.merging.stream import merged_tensors
 from evomerge.threads import one_thread
 
 RECIPE_FILE = "evomerge_recipe.json"
+ARTIFACT_FILE = "evomerge_artifact.json"
 
 CONFIG = "config.json"
 
@@ -74,7 +77,8 @@ def export(
 ) -> Recipe:
     """Merge and write `directory`; returns the recipe with the digests of its models.
 
-    Beside weights, config and tokenizer it holds a model card and the recipe. Tensors stream:
+    Beside weights, config and tokenizer it holds a model card, the recipe, and of an artifact that
+    the recipe applies what it was fitted on and what was found out. Tensors stream:
     memory holds a few of the largest, whatever the model. After an error nothing is left behind; an
     export that was killed or interrupted goes on, when it is called again for the same thing, with
     the weight file that was cut off.
@@ -92,7 +96,7 @@ def export(
     with written_aside(directory, purpose, _needed_bytes(shards, merge.donor)) as aside:
         with _threads_for(merge):
             _Writer(merge, inspection, shards, aside, progress).write()
-        known = inspection.known()
+        known = _with_artifact(inspection.known(), merge)
         _write_companions(merge, known, aside.folder)
     return known
 
@@ -211,6 +215,9 @@ def _write_companions(merge: Merge, recipe: Recipe, folder: Path) -> None:
         _write_text(folder / CONFIG, json.dumps(merge.config, indent=2))
     _write_text(folder / RECIPE_FILE, json.dumps(recipe.to_json(), indent=2))
     _write_text(folder / "README.md", model_card(recipe))
+    if merge.artifact is not None:
+        shutil.copyfile(merge.artifact.folder / DOCUMENT, folder / ARTIFACT_FILE)
+        flush(folder / ARTIFACT_FILE)
     for path in _write_tokenizer(merge, folder):
         flush(path)
 
@@ -230,6 +237,13 @@ def _write_tokenizer(merge: Merge, folder: Path) -> list[Path]:
         text = chat_template(merge.recipe.chat_template, list(members.values()))
         written += write_chat_template(folder, text) if text is not None else []
     return written
+
+
+def _with_artifact(recipe: Recipe, merge: Merge) -> Recipe:
+    """The recipe with the digest of the artifact it applies."""
+    if recipe.artifact is None or merge.artifact is None:
+        return recipe
+    return replace(recipe, artifact=replace(recipe.artifact, digest=merge.artifact.digest))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -58,6 +58,7 @@ def _recipe(recipe: Recipe) -> dict[str, object]:
         "base": _shown(recipe.base) if recipe.base else None,
         "sources": {s.name: {"path": _shown(s.model), **s.parameters} for s in recipe.sources},
         "parameters": dict(recipe.parameters),
+        **({"artifact": recipe.artifact.digest} if recipe.artifact else {}),
         "dtype": recipe.dtype,
         "seed": recipe.seed,
     }
