@@ -59,9 +59,11 @@ class Network:
         self._size = sum(parameter.numel() for parameter in self._parameters.values())
 
     def write(self, name: str, values: Tensor) -> None:
-        """Set a stored tensor, given in its stored shape."""
-        with torch.no_grad():
-            self._targets[name].copy_(values.reshape(-1).to(self.device, torch.float32))
+        """Set a stored tensor, given in its stored shape; one that the live model computes for
+        itself (rotary frequencies of older checkpoints) has no place there and is left."""
+        if (target := self._targets.get(name)) is not None:
+            with torch.no_grad():
+                target.copy_(values.reshape(-1).to(self.device, torch.float32))
 
     def module(self, name: str) -> tuple[str, nn.Module] | None:
         """The module that has a stored tensor for one of its parameters as a whole, and its name;
