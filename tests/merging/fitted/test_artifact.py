@@ -137,3 +137,53 @@ def test_other_models_are_refused(tmp_path, recipe, message):
     artifact.check_models(_RECIPE)
     with pytest.raises(MergeError, match=message):
         artifact.check_models(recipe)
+
+
+def _part(number):
+    return {f"p{number}": torch.full((2,), float(number))}
+
+
+def _cut_off(folder, *acts):
+    with draft(folder, _KNOWN) as work:
+        for flops, act in enumerate(acts, 1):
+            if act == "keep":
+                work.keep("a", _part(1), {"norm": 1.0}, flops=float(flops))
+            else:
+                work.save({"sum": torch.ones(2)}, {"step": 7}, flops=float(flops))
+        raise KeyboardInterrupt
+
+
+def test_parts_that_are_kept_are_written_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        _cut_off(tmp_path / "out", "keep", "save")
+    written = tmp_path / ".out.partial" / "artifact-1.safetensors"
+    stamp = written.stat().st_mtime_ns, written.stat().st_ino
+    with draft(tmp_path / "out", _KNOWN) as work:
+        assert work.kept == {"a": {"norm": 1.0}}
+        assert work.state is not None
+        assert work.state[1] == {"step": 7}
+        work.keep("b", _part(2), {"norm": 2.0}, flops=1.0)
+        work.finish({}, {"f": 1}, flops=1.0)
+    artifact = open_artifact(tmp_path / "out")
+    assert {name: float(artifact.tensor(name)[0]) for name in artifact.names} == {"p1": 1, "p2": 2}
+    assert artifact.cost["flops"] == 3.0
+    artifact.check_contents()
+    files = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert files == [
+        "artifact-1.safetensors",
+        "artifact-2.safetensors",
+        "artifact.json",
+        "artifact.safetensors",
+    ]
+    kept = tmp_path / "out" / "artifact-1.safetensors"
+    assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == stamp
+
+
+def test_what_was_saved_is_of_no_use_once_the_part_is_kept(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        _cut_off(tmp_path / "out", "save", "keep")
+    with draft(tmp_path / "out", _KNOWN) as work:
+        assert work.state is None
+        assert list(work.kept) == ["a"]
+        work.finish({}, {}, flops=1.0)
+    assert open_artifact(tmp_path / "out").cost["flops"] == 3.0
