@@ -108,7 +108,8 @@ def test_where_one_item_does_not_fit_the_reason_is_one_line(exam: Exam, task: st
     with everything as seen, pytest.raises(OutOfMemory) as caught:
         resident.score_all()
     message = str(caught.value)
-    for part in ("batch of 1", f"`batch_size` was {BATCH_SIZE}", "cpu has", "GiB free", "20.00 MiB"):
+    asked = f"`batch_size` was {BATCH_SIZE}"
+    for part in ("batch of 1", asked, "cpu has", "GiB free", "20.00 MiB"):
         assert part in message
     assert str(exam.checkpoint) in message
     assert "\n" not in message
