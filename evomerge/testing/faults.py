@@ -28,6 +28,8 @@ WRITES = frozenset(
         "refuse",
         "reuse",
         "mark_told",
+        "claim",
+        "withdraw",
     }
 )
 

@@ -9,7 +9,7 @@ import struct
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from evomerge.store.base import Controller, StudyRecord, StudyStore
+from evomerge.store.base import Claim, Controller, StudyRecord, StudyStore
 from evomerge.trial import Attempt, Failure, NewTrial, Part, Score, State, TaskScore, Trial
 
 NOW = datetime(2026, 3, 29, 1, 30, 0, 123457, tzinfo=UTC)
@@ -51,6 +51,11 @@ def score(
 def bits(values: tuple[float, ...]) -> bytes:
     """The bytes of floats: equal only if every bit is."""
     return struct.pack(f"<{len(values)}d", *values)
+
+
+def claim(token: str = "c1") -> Claim:
+    """What the study `s` asks of a pool."""
+    return Claim("s", token, "pool-a", 0, 4, 3, {"GPU": 0.1 + 0.2, "CPU": 2.0}, NOW, NOW + LEASE)
 
 
 class StudyUnderTest:
@@ -121,4 +126,5 @@ class StudyUnderTest:
             store.controller(self.name),
             list(store.trials(self.name)),
             store.refusals(self.name),
+            [claim for claim in store.claims(now=NOW) if claim.study == self.name],
         )

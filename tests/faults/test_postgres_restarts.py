@@ -29,6 +29,7 @@ from evomerge.testing.store_builders import (
     LEASE,
     NOW,
     StudyUnderTest,
+    claim,
     holder,
     new_trial,
     record,
@@ -67,6 +68,8 @@ WRITTEN: dict[str, Callable[[StudyUnderTest], Any]] = {
     "refuse": lambda s: s.store.refuse("s", "stray", controller="c1"),
     "reuse": lambda s: s.reuse(1),
     "mark_told": lambda s: s.store.mark_told("s", {0: 0}, controller="c1"),
+    "claim": lambda s: s.store.claim(claim("c2")),
+    "withdraw": lambda s: s.store.withdraw("s", "c1"),
 }
 
 
@@ -83,6 +86,7 @@ def test_a_write_whose_commit_is_cut_off_is_done_once(
     study = StudyUnderTest(store)
     for one in (twin, study):
         one.start()
+        one.store.claim(claim())
     WRITTEN[write](twin)
     cuts = _cut_the_next_commit(store, monkeypatch, came_through=came_through)
     WRITTEN[write](study)
