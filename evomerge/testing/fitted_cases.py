@@ -55,7 +55,20 @@ def _sensitivity(
     return Learned({"sources": sorted(names), "layers": layers}, tensors)
 
 
+def _dam(dice: random.Random, tensor: str, shape: tuple[int, ...], names: Sequence[str]) -> Learned:
+    axis = dice.randrange(len(shape))
+    groups = dice.choice([g for g in range(1, shape[axis] + 1) if shape[axis] % g == 0])
+    rows = [[dice.uniform(-0.5, 1.0) for _ in range(groups)] for _ in names]
+    facts = {
+        "anchor": dice.choice(["none", "base"]),
+        "non_linearity": dice.choice(["identity", "tanh", "sigmoid", "relu"]),
+        "axes": {tensor: axis},
+        "averaged": [],
+    }
+    return Learned(facts, {tensor: torch.tensor(rows)})
+
+
 LEARNED: Mapping[str, Draw] = MappingProxyType(
-    {"greedy_soup": _greedy_soup, "sensitivity": _sensitivity}
+    {"greedy_soup": _greedy_soup, "sensitivity": _sensitivity, "dam": _dam}
 )
 """By the kind of artifact."""

@@ -271,6 +271,9 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (scales_with_task_vectors, {}),
         ),
         "greedy_soup": _obeyed((copies_are_source, {})),
+        "dam": _obeyed(
+            (inputs_are_untouched, {"detail": 0.0}), (cutting_is_irrelevant, {"scale": 1.0})
+        ),
         "passthrough": _obeyed((neutral_is_source, {"scale": 1.0})),
         "task_arithmetic": _obeyed(
             *_TASK_VECTORS,

@@ -17,6 +17,7 @@ from evomerge.merging.methods.breadcrumbs import Breadcrumbs
 from evomerge.merging.methods.breadcrumbs_ties import BreadcrumbsTies
 from evomerge.merging.methods.consensus import Consensus
 from evomerge.merging.methods.consensus_ties import ConsensusTies
+from evomerge.merging.methods.dam import Dam
 from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
 from evomerge.merging.methods.della import Della
@@ -60,6 +61,7 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             MultiSlerp(),
             Karcher(),
             GreedySoup(),
+            Dam(),
             ModelStock(),
             NearSwap(),
             Passthrough(),

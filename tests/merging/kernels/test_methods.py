@@ -25,6 +25,7 @@ from evomerge.testing.merge_laws import Case, coefficients_of, random_case
 PROGRAMMED = [
     "linear",
     "greedy_soup",
+    "dam",
     "passthrough",
     "task_arithmetic",
     "slerp",
