@@ -5,6 +5,7 @@ Used by the laws of merge methods, which know no data.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,32 @@ def _dam(dice: random.Random, tensor: str, shape: tuple[int, ...], names: Sequen
     return Learned(facts, {tensor: torch.tensor(rows)})
 
 
+def _adamerging(
+    dice: random.Random, tensor: str, shape: tuple[int, ...], names: Sequence[str]
+) -> Learned:
+    """Every other one of ++, each source trimmed at some magnitude of up to 0.002."""
+    found = torch.tensor([dice.random() for _ in names], dtype=torch.float64)
+    thresholds = torch.tensor([dice.uniform(0, 2e-3) for _ in names]).view(torch.int32).tolist()
+    trims = {tensor: [[pattern, dice.randrange(math.prod(shape))] for pattern in thresholds]}
+    selection = {"tie": dice.choice([-1, 0, 1]), "trims": trims} if dice.random() > 0.5 else None
+    facts = {"sources": sorted(names), "start": 0.3, "selection": selection}
+    return Learned(facts, {tensor: found})
+
+
+def _learned_soup(
+    dice: random.Random, tensor: str, shape: tuple[int, ...], names: Sequence[str]
+) -> Learned:
+    raw = torch.tensor([dice.gauss(0, 2) for _ in names], dtype=torch.float64)
+    return Learned({"sources": sorted(names)}, {tensor: raw.softmax(0)})
+
+
 LEARNED: Mapping[str, Draw] = MappingProxyType(
-    {"greedy_soup": _greedy_soup, "sensitivity": _sensitivity, "dam": _dam}
+    {
+        "greedy_soup": _greedy_soup,
+        "sensitivity": _sensitivity,
+        "dam": _dam,
+        "adamerging": _adamerging,
+        "learned_soup": _learned_soup,
+    }
 )
 """By the kind of artifact."""

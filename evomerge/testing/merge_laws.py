@@ -426,6 +426,16 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (seed_decides, {"base_method": "dare_linear", "lambda": 1.0, "density": 0.5}),
             *((cutting_is_irrelevant, {"base_method": name}) for name in BASE_METHODS),
         ),
+        "adamerging": _obeyed(
+            (zero_scale_is_base, {"scale": 0.0}),
+            (untrained_is_base, {}),
+        ),
+        "learned_soup": _obeyed(
+            (neutral_is_source, {"blend": 0.0}),
+            (untrained_is_base, {}),
+            (copies_are_source, {}),
+            (scales_with_task_vectors, {}),
+        ),
     }
 )
 """The laws that each method shipped obeys, with the parameters that the law needs."""

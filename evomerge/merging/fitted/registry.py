@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from evomerge.errors import MergeError
+from evomerge.merging.fitted.adamerging import AdaMergingFit
 from evomerge.merging.fitted.base import Fitter
 from evomerge.merging.fitted.dam import DamFit
 from evomerge.merging.fitted.greedy_soup import GreedySoupFit
+from evomerge.merging.fitted.learned_soup import LearnedSoupFit
 from evomerge.merging.fitted.sensitivity import SensitivityFit
 from evomerge.spec import nearest
 
-_ALL: tuple[Fitter, ...] = (GreedySoupFit(), SensitivityFit(), DamFit())
+_ALL: tuple[Fitter, ...] = (
+    GreedySoupFit(),
+    SensitivityFit(),
+    AdaMergingFit(),
+    LearnedSoupFit(),
+    DamFit(),
+)
 FITTERS: Mapping[str, Fitter] = MappingProxyType({fitter.name: fitter for fitter in _ALL})
 
 

@@ -58,7 +58,7 @@ class SensitivityFit(Fitter):
 
     def fit(self, problem: Problem, settings: Any, draft: Draft, watch: Watch) -> None:
         network = Network(problem.anchor, device=problem.device)
-        learned = [name for name in merged_names(problem) if name in network.learned]
+        learned = [name for name in merged_names(problem) if name in network.parts]
         layers = list(dict.fromkeys(layer_name(name) for name in learned))
         sources = list(problem.sources)
         sums, notes = draft.state or (_zeros(len(sources), len(layers)), {"done": 0})

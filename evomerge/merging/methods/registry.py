@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from evomerge.errors import MergeError
 from evomerge.merging.layout import Place
+from evomerge.merging.methods.adamerging import AdaMerging
 from evomerge.merging.methods.arcee_fusion import ArceeFusion
 from evomerge.merging.methods.base import Coefficients, MergeMethod, Parameter
 from evomerge.merging.methods.breadcrumbs import Breadcrumbs
@@ -26,6 +27,7 @@ from evomerge.merging.methods.greedy_soup import GreedySoup
 from evomerge.merging.methods.iso_c import IsoC
 from evomerge.merging.methods.iso_cts import IsoCts
 from evomerge.merging.methods.karcher import Karcher
+from evomerge.merging.methods.learned_soup import LearnedSoup
 from evomerge.merging.methods.linear import Linear
 from evomerge.merging.methods.model_stock import ModelStock
 from evomerge.merging.methods.multislerp import MultiSlerp
@@ -80,6 +82,8 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             Pcb(),
             Widen(),
             SensMerging(),
+            AdaMerging(),
+            LearnedSoup(),
         )
     }
 )

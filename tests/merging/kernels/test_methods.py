@@ -39,6 +39,8 @@ PROGRAMMED = [
     "breadcrumbs",
     "breadcrumbs_ties",
     "sens_merging",
+    "adamerging",
+    "learned_soup",
 ]
 
 
