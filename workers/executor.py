@@ -93,8 +93,9 @@ class RayExecutor:
         self._crowd_until_s = 0.0  # until then nothing is asked for above the limit
         self._running: dict[Any, _Slot] = {}  # result ref -> slot
         self._setup: Setup | None = None
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
+        self._joined = ray.is_initialized()  # by our caller, who leaves it too
+        self._may_grow = self._joined or "RAY_ADDRESS" in os.environ
+        if not self._joined:
             _join(workers)
         self._board = _board()
         self._signs: Any = None  # the ref of the board's next answer
@@ -209,13 +210,13 @@ class RayExecutor:
             ray.kill(slot.actor)
         self._slots.clear()
         ray.kill(self._board)
-        if self._owns_ray:
+        if not self._joined:
             ray.shutdown()
 
     def _check_size(self) -> None:
         """Say at once that no node is large enough. Only a cluster of others' may still grow."""
         missing = lacking(self._workers, ray.nodes())
-        if missing and self._owns_ray:
+        if missing and not self._may_grow:
             raise UserError(missing)
         if missing:
             _log.warning("%s; waiting %g s for an autoscaler to bring one", missing, BOOT_S)

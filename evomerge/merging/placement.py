@@ -21,8 +21,8 @@ def spread(model: Any, devices: Sequence[str], dtype: torch.dtype | None) -> dic
     What may not be torn apart (a layer, tied weights) stays together. The first device holds the
     embedding: inputs go there, and logits come back to it.
     """
-    from accelerate import infer_auto_device_map  # type: ignore[import-untyped]
-    from accelerate.utils import compute_module_sizes  # type: ignore[import-untyped]
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import compute_module_sizes
 
     model.tie_weights()
     whole = list(model._no_split_modules or ())

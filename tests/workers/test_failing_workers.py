@@ -395,9 +395,13 @@ def test_more_gpus_than_any_node_has_are_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, own: bool
 ) -> None:
     """But for a cluster that was joined: it may grow, so its user is told what is waited for."""
-    monkeypatch.setattr(module, "ray", FakeRay(lambda *_: "score"))
+    fake = FakeRay(lambda *_: "score")
+    fake.is_initialized = lambda: False
+    monkeypatch.setattr(module, "ray", fake)
+    monkeypatch.setattr(module, "_join", lambda workers: None)
+    if not own:
+        monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     executor = RayExecutor(Workers(num_gpus=2))
-    executor._owns_ray = own
     said = "no node of the cluster holds a worker of 1 CPUs and 2 GPUs"
     if own:
         with pytest.raises(UserError, match=f"{said}.*num_gpus.*the most.* 99 CPUs and 0 GPUs"):

@@ -43,7 +43,7 @@ def executor_on(cluster: _Cluster, monkeypatch: pytest.MonkeyPatch) -> module.Ra
     monkeypatch.setattr(module, "ray", cluster)
     executor = object.__new__(module.RayExecutor)
     executor._workers = Workers()
-    executor._owns_ray = True
+    executor._may_grow = False
     executor._slots = [module._Slot(cluster.actor, pending="ready")]
     return executor
 
