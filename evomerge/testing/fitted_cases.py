@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.merging.methods.fisher import fisher_key
+from evomerge.merging.methods.gram import gram_key, packed
 from evomerge.merging.methods.sens_merging import layer_name
 
 
@@ -88,9 +90,44 @@ def _learned_soup(
     return Learned({"sources": sorted(names)}, {tensor: raw.softmax(0)})
 
 
+def _gram(
+    dice: random.Random, tensor: str, shape: tuple[int, ...], names: Sequence[str]
+) -> Learned:
+    """Of a layer of either orientation, or of no layer; half of the inputs may be 0 throughout."""
+    first = dice.random() < 0.5
+    if len(shape) != 2 or shape[first == 0] > 200 or dice.random() < 0.2:
+        return Learned({"inputs": {name: {} for name in names}, "inputs_first": []})
+    size = shape[0] if first else shape[1]
+    generator = torch.Generator().manual_seed(dice.getrandbits(32))
+    tensors = {}
+    for name in names:
+        rows = torch.randn(dice.randint(1, 2 * size), size, generator=generator)
+        rows *= torch.rand(size, generator=generator) > dice.choice([0.0, 0.5])
+        tensors[gram_key(name, tensor)] = packed(rows.T @ rows / len(rows))
+    inputs = {name: {tensor: tensor} for name in names}
+    return Learned({"inputs": inputs, "inputs_first": [tensor] * first}, tensors)
+
+
+def _fisher(
+    dice: random.Random, tensor: str, shape: tuple[int, ...], names: Sequence[str]
+) -> Learned:
+    """Squares over many orders of magnitude, a fifth of them 0."""
+    generator = torch.Generator().manual_seed(dice.getrandbits(32))
+    tensors = {}
+    for name in names:
+        values = torch.exp(6 * torch.randn(shape, generator=generator))
+        values *= torch.rand(shape, generator=generator) > 0.2
+        tensors[fisher_key(name, tensor)] = values
+    norms = {name: dice.uniform(0.1, 10) for name in names}
+    means = {name: dice.choice([0.0, 0.1, 1.0]) for name in names}
+    return Learned({"norms": norms, "means": means}, tensors)
+
+
 LEARNED: Mapping[str, Draw] = MappingProxyType(
     {
         "greedy_soup": _greedy_soup,
+        "gram": _gram,
+        "fisher": _fisher,
         "sensitivity": _sensitivity,
         "dam": _dam,
         "adamerging": _adamerging,

@@ -274,6 +274,28 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
         "dam": _obeyed(
             (inputs_are_untouched, {"detail": 0.0}), (cutting_is_irrelevant, {"scale": 1.0})
         ),
+        "fisher": _obeyed(
+            (weightless_is_absent, {}),
+            (neutral_is_source, {"weight": 0.7}),
+            (untrained_is_base, {}),
+            (copies_are_source, {}),
+            (scales_with_task_vectors, {}),
+        ),
+        "regmean": _obeyed(
+            (weightless_is_absent, {}),
+            (neutral_is_source, {"weight": 0.7}),
+            (untrained_is_base, {}),
+            (copies_are_source, {}),
+            (scales_with_task_vectors, {}),
+        ),
+        "mats": _obeyed(
+            (weightless_is_absent, {}),
+            (neutral_is_source, {"weight": 0.7, "init": "average"}),
+            (untrained_is_base, {}),
+            (zero_scale_is_base, {"iterations": 0.0, "init": "task_arithmetic", "lambda": 0.0}),
+            (copies_are_source, {"init": "average"}),
+            (scales_with_task_vectors, {}),
+        ),
         "passthrough": _obeyed((neutral_is_source, {"scale": 1.0})),
         "task_arithmetic": _obeyed(
             *_TASK_VECTORS,

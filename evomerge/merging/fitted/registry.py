@@ -9,6 +9,8 @@ from evomerge.errors import MergeError
 from evomerge.merging.fitted.adamerging import AdaMergingFit
 from evomerge.merging.fitted.base import Fitter
 from evomerge.merging.fitted.dam import DamFit
+from evomerge.merging.fitted.fisher import FisherFit
+from evomerge.merging.fitted.gram import GramFit
 from evomerge.merging.fitted.greedy_soup import GreedySoupFit
 from evomerge.merging.fitted.learned_soup import LearnedSoupFit
 from evomerge.merging.fitted.sensitivity import SensitivityFit
@@ -16,6 +18,8 @@ from evomerge.spec import nearest
 
 _ALL: tuple[Fitter, ...] = (
     GreedySoupFit(),
+    GramFit(),
+    FisherFit(),
     SensitivityFit(),
     AdaMergingFit(),
     LearnedSoupFit(),

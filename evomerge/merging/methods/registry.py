@@ -23,12 +23,14 @@ from evomerge.merging.methods.dare_linear import DareLinear
 from evomerge.merging.methods.dare_ties import DareTies
 from evomerge.merging.methods.della import Della
 from evomerge.merging.methods.della_linear import DellaLinear
+from evomerge.merging.methods.fisher import Fisher
 from evomerge.merging.methods.greedy_soup import GreedySoup
 from evomerge.merging.methods.iso_c import IsoC
 from evomerge.merging.methods.iso_cts import IsoCts
 from evomerge.merging.methods.karcher import Karcher
 from evomerge.merging.methods.learned_soup import LearnedSoup
 from evomerge.merging.methods.linear import Linear
+from evomerge.merging.methods.mats import MaTS
 from evomerge.merging.methods.model_stock import ModelStock
 from evomerge.merging.methods.multislerp import MultiSlerp
 from evomerge.merging.methods.nearswap import NearSwap
@@ -36,6 +38,7 @@ from evomerge.merging.methods.nuslerp import NuSlerp
 from evomerge.merging.methods.passthrough import Passthrough
 from evomerge.merging.methods.pcb import Pcb
 from evomerge.merging.methods.ram import Ram
+from evomerge.merging.methods.regmean import RegMean
 from evomerge.merging.methods.sce import Sce
 from evomerge.merging.methods.sens_merging import SensMerging
 from evomerge.merging.methods.slerp import Slerp
@@ -63,6 +66,9 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             MultiSlerp(),
             Karcher(),
             GreedySoup(),
+            Fisher(),
+            RegMean(),
+            MaTS(),
             Dam(),
             ModelStock(),
             NearSwap(),

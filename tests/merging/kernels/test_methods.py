@@ -25,6 +25,9 @@ from evomerge.testing.merge_laws import Case, coefficients_of, random_case
 PROGRAMMED = [
     "linear",
     "greedy_soup",
+    "fisher",
+    "regmean",
+    "mats",
     "dam",
     "passthrough",
     "task_arithmetic",
