@@ -138,7 +138,9 @@ class Training:
             found["mse"] = settings.mse, losses.mse(logits, teacher)
         if settings.entropy:
             found["entropy"] = settings.entropy, losses.entropy(logits, settings.temperature)
-        terms.update({f"{term}/{name}": float(value) for term, (_, value) in found.items()})
+        terms.update(
+            {f"{term}/{name}": float(value.detach()) for term, (_, value) in found.items()}
+        )
         total = torch.stack([weight * value for weight, value in found.values()]).sum()
         return self._network.backward(total, rows, what=f"dam, step {self.step + 1}, {name}")
 
@@ -160,7 +162,7 @@ class Training:
         if settings.weighted_overlap:
             values = [losses.overlap(leaves[key], at) for key, at in self._angles.items()]
             found["weighted_overlap"] = settings.weighted_overlap, torch.stack(values).sum()
-        terms.update({term: float(value) for term, (_, value) in found.items()})
+        terms.update({term: float(value.detach()) for term, (_, value) in found.items()})
         if not found:
             return 0.0
         total = torch.stack([weight * value for weight, value in found.values()]).sum()

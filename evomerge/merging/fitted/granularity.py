@@ -83,18 +83,20 @@ def _by_head(network: Network, path: str, module: nn.Module, shape: tuple[int, .
     shared = getattr(config, "num_key_value_heads", None) or heads
     inputs, outputs = axes
     if _OUT.search(path):  # its bias belongs to no head
-        return _groups(shape, inputs, heads, size) if inputs is not None else None
+        return _heads(shape, inputs, size, heads) if inputs is not None else None
     if _QUERY.search(path):
-        return _groups(shape, outputs, heads, size)
+        return _heads(shape, outputs, size, heads)
     if _KEY_VALUE.search(path):
-        return _groups(shape, outputs, shared, size)
+        return _heads(shape, outputs, size, shared)
     if _JOINED.search(path):
-        return _groups(shape, outputs, heads + 2 * shared, size)
+        return _heads(shape, outputs, size, heads + 2 * shared, 3 * heads)
     return None
 
 
-def _groups(shape: tuple[int, ...], axis: int, heads: int, size: int) -> Grid | None:
-    return Grid(shape, axis, heads) if shape[axis] == heads * size else None
+def _heads(shape: tuple[int, ...], axis: int, size: int, *counts: int) -> Grid | None:
+    """Cut into heads of `size` along an axis that has one of these numbers of them."""
+    count = shape[axis] // size
+    return Grid(shape, axis, count) if count in counts and count * size == shape[axis] else None
 
 
 def _is_linear(module: nn.Module) -> bool:
