@@ -115,7 +115,8 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, t: Tensor) -> Tensor:
         found, wanted = z.log_softmax(1), t.log_softmax(1)
         ctx.save_for_backward(found, wanted)
-        return (wanted.exp() * (wanted - found)).sum()
+        total: Tensor = (wanted.exp() * (wanted - found)).sum()
+        return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
