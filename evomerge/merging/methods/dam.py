@@ -5,7 +5,7 @@ The learning is `evomerge.merging.fitted.dam`; this only applies its mergers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,14 @@ class Dam(MergeMethod):
     takes_base = True
     artifact = "dam"
 
+    def survey(self, model: Callable[[], Iterable[tuple[Coefficients, Blocks]]]) -> None:
+        for coefficients, blocks in model():
+            fitted = coefficients.fitted
+            assert fitted is not None
+            if fitted.facts["anchor"] == "base" and next(iter(blocks())).base is None:
+                raise MergeError("dam: was fitted around a base; give the recipe its `base`")
+            return
+
     def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> _Mix:
         fitted, count = coefficients.fitted, len(coefficients.names)
         assert fitted is not None
@@ -92,13 +100,11 @@ class Dam(MergeMethod):
 
     def merge(self, block: Block, coefficients: Coefficients, prepared: Any) -> Tensor:
         mix: _Mix = prepared
-        if mix.around_base and block.base is None:
-            raise MergeError("dam: was fitted around a base; give the recipe its `base`")
         rows: Iterable[Tensor] = block.sources
         if mix.around_base and block.base is not None:
             rows = task_vectors(block.base, block.sources)
         if mix.grid.groups > 1:
-            total = _by_column(rows, mix, block.start)
+            total = _by_column(rows, mix, block)
         elif (only := sole(mix.shares)) is not None:
             return block.sources[only].clone()
         else:
@@ -108,12 +114,13 @@ class Dam(MergeMethod):
         return torch.zeros_like(block.sources[0]) if total is None else total
 
 
-def _by_column(rows: Iterable[Tensor], mix: _Mix, start: int) -> Tensor | None:
+def _by_column(rows: Iterable[Tensor], mix: _Mix, block: Block) -> Tensor | None:
     """Σᵢ cᵢ⊙xᵢ, each element with its column's c, without the sources that have no part."""
+    shares = mix.grid.spread(mix.factors.float(), block.start, block.sources.shape[1])
+    has_part = mix.factors.ne(0).any(1).tolist()
     total: Tensor | None = None
-    for row, shares in zip(rows, mix.factors.float(), strict=True):
-        if bool((shares == 0).all()):
-            continue
-        term = row * shares[mix.grid.groups_of(start, len(row))]
-        total = term if total is None else total.add_(term)
+    for row, factor, part in zip(rows, shares, has_part, strict=True):
+        if part:
+            term = row * factor
+            total = term if total is None else total.add_(term)
     return total

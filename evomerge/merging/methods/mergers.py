@@ -64,10 +64,19 @@ class Grid:
             return tensor.reshape(1, 1, -1)
         return tensor.reshape(math.prod(self.shape[: self.axis]), self.groups, -1)
 
-    def groups_of(self, start: int, count: int) -> Tensor:
-        """The group of each of a run of elements in flat order, [count] int64."""
+    def spread(self, values: Tensor, start: int, count: int) -> Tensor:
+        """Values by group [s, g] as those of a run of elements in flat order, [s, count]."""
         behind = math.prod(self.shape[self.axis :]) // self.groups
-        return torch.arange(start, start + count) // behind % self.groups
+        period = behind * self.groups
+        if period < count:  # copying is cheaper than an index for each element
+            skipped = start % period
+            once = values.repeat_interleave(behind, dim=1)
+            return once.repeat(1, -(-(skipped + count) // period))[:, skipped : skipped + count]
+        first, last = start // behind, (start + count - 1) // behind
+        found = values[:, torch.arange(first, last + 1) % self.groups]
+        skipped = start - first * behind
+        whole = found[:, :, None].expand(-1, -1, behind).reshape(len(values), -1)
+        return whole[:, skipped : skipped + count]
 
 
 def factors(fitted: Fitted, name: str, sources: int) -> Tensor | None:

@@ -44,8 +44,11 @@ def test_groups_of_several_columns_are_runs() -> None:
     groups = torch.empty(2, 6, 2, dtype=torch.int64)
     for group in range(3):
         groups[:, 2 * group : 2 * group + 2] = group
-    assert torch.equal(grid.groups_of(0, 24), groups.flatten())
-    assert torch.equal(grid.groups_of(5, 7), groups.flatten()[5:12])
+    values = torch.tensor([[0, 1, 2], [10, 11, 12]])
+    for start, count in ((0, 24), (5, 7), (23, 1), (11, 13)):
+        wanted = groups.flatten()[start : start + count]
+        found = grid.spread(values, start, count)
+        assert torch.equal(found, torch.stack([wanted, wanted + 10]))
     for group in range(3):
         assert torch.equal(grid.view(whole)[:, group].flatten(), whole[groups == group])
 
