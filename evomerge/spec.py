@@ -82,9 +82,10 @@ class Objective(_Section):
 class SamplerSpec(_Section):
     """Which sampler proposes genomes. `sigma0` is in widths of a gene's bounds.
 
-    The last three are for CMA-ES: `schedule`, when results are learned from; `restarts`, how it
+    The last four are for CMA-ES: `schedule`, when results are learned from; `restarts`, how it
     starts again once it stagnates; `warm_start`, an earlier study of the same store and space,
-    whose best genomes say where it starts.
+    whose best genomes say where it starts; `start`, an artifact with weights by source and tensor,
+    to whose nearest genome it goes first.
     """
 
     name: SamplerName = "cmaes"
@@ -94,6 +95,7 @@ class SamplerSpec(_Section):
     schedule: Literal["generational", "pipelined", "asynchronous"] = "generational"
     restarts: Literal["ipop", "bipop", "same"] = "ipop"
     warm_start: Name | None = None
+    start: str | None = Field(default=None, min_length=1)
 
 
 class Budget(_Section):
@@ -192,6 +194,8 @@ class StudySpec(_Section):
                 f"sampler.name: {sampler.name!r} has one objective only; "
                 "use nsga2, tpe or random with `aggregate: pareto`"
             )
+        if sampler.warm_start is not None and sampler.start is not None:
+            faults.append("sampler: starts from `warm_start` or from `start`; give one of them")
         if sampler.name == "cmaes":
             return faults
         if sampler.schedule != "generational":
@@ -201,6 +205,8 @@ class StudySpec(_Section):
             )
         if sampler.warm_start is not None:
             faults.append(f"sampler.warm_start: is for cmaes, not for {sampler.name!r}")
+        if sampler.start is not None:
+            faults.append(f"sampler.start: is for cmaes, not for {sampler.name!r}")
         return faults
 
     def _located(self, folder: Path) -> StudySpec:
@@ -217,6 +223,9 @@ class StudySpec(_Section):
                 "objective": objective,
                 "space": space,
                 "artifact": locate(self.artifact, folder),
+                "sampler": self.sampler.model_copy(
+                    update={"start": locate(self.sampler.start, folder)}
+                ),
             }
         )
 

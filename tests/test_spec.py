@@ -97,6 +97,9 @@ evaluation: {dtype: bfloat16, batch_size: auto, device: auto}
          "'_' and '-', a letter or digit first, got 'a b'"),
         ({"sampler": {"name": "tpe", "schedule": "asynchronous"}}, "sampler.schedule: 'tpe' is "
          "generational only; 'asynchronous' is for cmaes"),
+        ({"sampler": {"name": "tpe", "start": "a"}}, "sampler.start: is for cmaes, not for 'tpe'"),
+        ({"sampler": {"start": "a", "warm_start": "b"}}, "sampler: starts from `warm_start` or "
+         "from `start`; give one of them"),
         ({"sampler": {"name": "random", "warm_start": "a"}}, "sampler.warm_start: is for cmaes, "
          "not for 'random'"),
         ({"space": 4}, "space: expected a string or a mapping, got 4"),

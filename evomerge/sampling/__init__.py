@@ -20,14 +20,16 @@ def make_sampler(
     gene_names: Sequence[str],
     levels: Sequence[int] = (),
     promising: Sequence[Genome] = (),
+    init_first: bool = False,
 ) -> Sampler:
     """The sampler that `spec` names, knowing nothing yet.
 
     `init` [genes] is the start point in the unit cube, `gene_names` [genes] are distinct. `auto`
     populations depend on `genes` and the sampler only, never on the number of workers. `levels`
     [genes] says how many cells of [0, 1] a discrete gene has, 0 for a continuous one; `promising`
-    [k, genes] are good genomes of an earlier study, which CMA-ES starts from. Raises ValueError for
-    arguments that do not fit together and UserError where a package is missing.
+    [k, genes] are good genomes of an earlier study, which CMA-ES starts from; with `init_first` its
+    genome 0 is `init` itself. Raises ValueError for arguments that do not fit together and
+    UserError where a package is missing.
     """
     if levels and (len(levels) != genes or any(count < 0 or count == 1 for count in levels)):
         raise ValueError(f"expected 0 or at least 2 levels for each of {genes} genes; got {levels}")
@@ -45,7 +47,12 @@ def make_sampler(
         from evomerge.sampling.cmaes import cmaes_sampler
 
         return cmaes_sampler(
-            spec, init=init, objectives=objectives, levels=levels, promising=promising
+            spec,
+            init=init,
+            objectives=objectives,
+            levels=levels,
+            promising=promising,
+            init_first=init_first,
         )
     from evomerge.sampling.optuna import OptunaSampler
 

@@ -41,11 +41,12 @@ def cmaes_sampler(
     objectives: int,
     levels: Sequence[int] = (),
     promising: Sequence[Genome] = (),
+    init_first: bool = False,
 ) -> Sampler:
     """CMA-ES under the schedule of `spec`; see `CmaEs`. Raises ValueError for two objectives."""
     if objectives != 1:
         raise ValueError(f"CMA-ES has one objective only, got {objectives}")
-    search = CmaEs(spec, init, levels, promising)
+    search = CmaEs(spec, init, levels, promising, init_first=init_first)
     if spec.schedule == "asynchronous":
         return AsynchronousCmaEs(search, genes=len(init))
     return GenerationalCmaEs(search, genes=len(init), ahead=int(spec.schedule == "pipelined"))
@@ -53,7 +54,7 @@ def cmaes_sampler(
 
 class CmaEs:
     """CMA-ES in the unit cube from the mean `init`, step size `sigma0`, or from `promising` genomes
-    of an earlier study.
+    of an earlier study. With `init_first` genome 0 is `init`, a step of length 0.
 
     `population: auto` is 4 + floor(3 ln n) for n genes (Hansen 2016, eq. 48). Each λ results are
     learned from together with the κλ - λ before them, as one population of κλ; κ is 1 under the
@@ -72,12 +73,15 @@ class CmaEs:
         init: Sequence[float],
         levels: Sequence[int],
         promising: Sequence[Genome],
+        *,
+        init_first: bool = False,
     ) -> None:
         auto = 4 + math.floor(3 * math.log(len(init)))
         population = auto if spec.population == "auto" else spec.population
         self._spec = spec
         self._genes = len(init)
         self._levels = levels
+        self._first = tuple(init) if init_first else None
         self._lifetime = _LIFETIMES[spec.schedule]
         self._alive: list[Told] = []  # of the run under way, in the order of tells
         self.ended: list[Run] = []
@@ -102,7 +106,9 @@ class CmaEs:
         return sum(run.results for run in [*self.ended, self._run])
 
     def propose(self, index: int) -> Genome:
-        """Genome `index`, drawn from the distribution as it is."""
+        """Genome `index`, drawn from the distribution as it is, but for a first one given."""
+        if index == 0 and self._first is not None:
+            return self._first
         return self._distribution.ask(derived_seed(self._spec.seed, index, bits=32))
 
     def accepts(self, result: Told) -> bool:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from evomerge.errors import UserError
+from evomerge.checkpoints.weights import Model
+from evomerge.errors import MergeError, UserError
 from evomerge.merging.fitted.artifact import Artifact, open_artifact
+from evomerge.merging.fitted.layer_weights import layer_weights
+from evomerge.merging.fitted.shares import WEIGHTED
 from evomerge.merging.methods.registry import METHODS
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.scoring.splits import part_of
 from evomerge.scoring.tasks import LoadedTasks
+from evomerge.space import Space
 from evomerge.spec import StudySpec
 
 
@@ -66,6 +71,42 @@ def checked_artifact(
     lines = seen_items(found.provenance.items, tasks) if tasks else []
     problems += [f"{key}: {path} was fitted on {line}; fit it on other data" for line in lines]
     return None if lines else found
+
+
+def projected(
+    artifact: Artifact, space: Space, spec: StudySpec, models: Mapping[str, Model]
+) -> dict[str, Any]:
+    """The genome of the space that is nearest to an artifact's weights, as JSON.
+
+    `distance` is how far its merge is from theirs, as a share of how far theirs is from where all
+    weights are 0. Raises MergeError where the artifact has no weights, or the space none that a
+    merge is linear in.
+    """
+    from evomerge.space.layer_weights import (
+        LayerWeights,
+        metric_of,
+        project,
+    )  # scipy: half a second
+
+    if space.method not in WEIGHTED:
+        raise MergeError(
+            f"the space's {space.method} is not linear in weights of sources; these are:"
+            f" {', '.join(WEIGHTED)}"
+        )
+    wanted = layer_weights(artifact)
+    base, sources = ModelRef(spec.base), {n: ModelRef(p) for n, p in spec.sources.items()}
+    genome = space.start(list(sources))
+    recipe = space.decode(genome, base=base, sources=sources, dtype=None, seed=spec.sampler.seed)
+    named = {name for tensors in wanted.values() for name in tensors}
+    tensors = tuple(name for name in models[spec.base].names if name in named)
+    weights = LayerWeights(space, list(sources), models[spec.base].names)
+    found = project(weights, wanted, metric_of(recipe, models, tensors))
+    return {
+        "kind": artifact.provenance.kind,
+        "genome": list(found.genome),
+        "distance": found.distance,
+        "cost": dict(artifact.cost),
+    }
 
 
 def seen_items(items: Sequence[str], tasks: LoadedTasks) -> list[str]:

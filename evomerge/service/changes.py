@@ -42,8 +42,9 @@ def _spec(record: StudyRecord) -> dict[str, Any]:
     spec = StudySpec.model_validate(record.spec).identity()
     spec["base"] = _Contents(spec["base"], digests)
     spec["sources"] = {name: _Contents(path, digests) for name, path in spec["sources"].items()}
-    if spec["artifact"] is not None:
-        spec["artifact"] = _Contents(spec["artifact"], digests)
+    for section, key in ((spec, "artifact"), (spec["sampler"], "start")):
+        if section[key] is not None:
+            section[key] = _Contents(section[key], digests)
     spec["objective"].pop("include_path")
     spec["space"] = {key: value for key, value in spec["space"].items() if key != "about"}
     return spec

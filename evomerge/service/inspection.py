@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from evomerge.checkpoints.adapted import Bases, open_model
@@ -17,7 +18,7 @@ from evomerge.errors import SpecError, TaskError, UserError
 from evomerge.merging.layout import layer_of
 from evomerge.scoring.fingerprint import fingerprint_digest, scorer_fingerprint
 from evomerge.scoring.tasks import LoadedTasks, load_tasks
-from evomerge.service.artifacts import inspect_artifact
+from evomerge.service.artifacts import checked_artifact, inspect_artifact, projected
 from evomerge.space import Space, check_space, load_space
 from evomerge.spec import StudySpec
 
@@ -37,6 +38,7 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
     digests = {path: scan.digest for path, scan in scans.items()}
     if space is not None:
         digests |= inspect_artifact(spec, space.method, digests, tasks, problems)
+    start = _start(spec, space, models, digests, tasks, problems)
     if problems or tasks is None or space is None:
         raise SpecError(f"study {spec.name!r}", problems)
     base = models[spec.base]
@@ -50,7 +52,8 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
         share_context=spec.evaluation.share_context,
     )
     return {
-        "digests": digests,
+        **start,
+        "digests": digests | {found["path"]: found["digest"] for found in start.values()},
         "dtype": dtype,
         "layers": max((n for name in base.names if (n := layer_of(name)) is not None), default=-1)
         + 1,
@@ -70,6 +73,29 @@ def _space(spec: StudySpec, problems: list[str]) -> Space | None:
         problems += [f"{error.subject}: {line}" for line in error.problems]
         return None
     return space
+
+
+def _start(
+    spec: StudySpec,
+    space: Space | None,
+    models: Mapping[str, Model],
+    digests: Mapping[str, str],
+    tasks: LoadedTasks | None,
+    problems: list[str],
+) -> dict[str, dict[str, Any]]:
+    """`{"start": where the search starts}`, if an artifact says so and all else is in order."""
+    path = spec.sampler.start
+    if path is None:
+        return {}
+    artifact = checked_artifact("sampler.start", path, spec, digests, tasks, problems)
+    if artifact is None or problems or space is None:
+        return {}
+    try:
+        found = projected(artifact, space, spec, models)
+    except UserError as error:
+        problems.append(f"sampler.start: {error}")
+        return {}
+    return {"start": {"path": path, "digest": artifact.digest, **found}}
 
 
 def _models(spec: StudySpec, problems: list[str]) -> dict[str, Model]:

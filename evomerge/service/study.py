@@ -74,18 +74,20 @@ def open_study(
     or a task file that was edited, would make old and new scores incomparable. Raises SpecError
     with every problem, StudyChanged with every difference.
     """
+    asked = _to_inspect(spec, _known(store, spec.name))
     token = uuid.uuid4().hex
     share = PoolShare(store, executor, spec.name, spec.workers, token=token, clock=clock)
     with share.inspecting():
-        inspection = dict(executor.inspect(spec.model_dump(mode="json")))
+        inspection = dict(executor.inspect(asked.model_dump(mode="json")))
     document = {**spec.model_dump(mode="json"), "space": inspection.pop("space")}
     record = StudyRecord(spec.name, document, inspection, inspection["scorer_digest"], clock())
-    try:
-        known = store.study(spec.name)
-    except StudyNotFound:
+    known = _known(store, spec.name)
+    if known is None:
         record = replace(record, inspection=inspection | good_genomes(spec, document, store))
         store.create_study(record)
         return record
+    if (path := spec.sampler.start) != asked.sampler.start:
+        inspection["digests"] |= {path: known.inspection["digests"][path]}
     differences = changes(known, record)
     if differences:
         lines = "\n".join(f"  - {line}" for line in differences)
@@ -93,10 +95,25 @@ def open_study(
             f"study {spec.name!r} exists with another spec; only budget and workers may change. "
             f"Give this one another name, or put back:\n{lines}"
         )
-    # what the study started from stays, whatever has become of the earlier study since
-    start = {key: value for key, value in known.inspection.items() if key == "warm_start"}
+    # what the study started from stays, whatever has become of earlier studies and artifacts since
+    start = {k: v for k, v in known.inspection.items() if k in ("warm_start", "start")}
     start |= kept_restarts(known)
     return replace(record, inspection=inspection | start, created_at=known.created_at)
+
+
+def _known(store: StudyStore, name: str) -> StudyRecord | None:
+    try:
+        return store.study(name)
+    except StudyNotFound:
+        return None
+
+
+def _to_inspect(spec: StudySpec, known: StudyRecord | None) -> StudySpec:
+    """The spec without what the study has its genome of already: that artifact may be gone."""
+    start = spec.sampler.start
+    if known is None or start is None or known.spec["sampler"].get("start") != start:
+        return spec
+    return spec.model_copy(update={"sampler": spec.sampler.model_copy(update={"start": None})})
 
 
 @contextlib.contextmanager
@@ -156,10 +173,12 @@ def build_controller(
     share = PoolShare(store, executor, record.name, spec.workers, token=token, clock=clock)
     work_before, started_s = work_done(spec, ledger.counts_before), time_s()
 
+    started = record.inspection.get("start")
     sampler = make_sampler(
         spec.sampler,
         genes=len(genes),
-        init=space.start(list(models.sources)),
+        init=started["genome"] if started else space.start(list(models.sources)),
+        init_first=started is not None,
         objectives=len(spec.objective.tasks) if spec.objective.aggregate == "pareto" else 1,
         gene_names=[gene.name for gene in genes],
         levels=[gene.levels for gene in genes],

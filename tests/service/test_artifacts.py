@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_synthetic import run_synthetic
 
 from evomerge.checkpoints.adapted import open_model
 from evomerge.errors import SpecError, StudyChanged
@@ -163,3 +164,81 @@ def test_moved_it_is_the_same_and_fitted_again_it_is_not(tiny_zoo, digests, tmp_
     other = fitted(tmp_path / "other", digests, number=2.0)
     with pytest.raises(StudyChanged, match=r"artifact: .*sens \(contents .*other \(contents "):
         open_study(spec(tiny_zoo, other), store, Inspecting())
+
+
+def averaging(folder: Path, digests: dict[str, str], weights: dict[str, float]) -> Path:
+    """AdaMerging's artifact, with the same weight of a source in every tensor."""
+    names = sorted(weights)
+    tensors = open_model(str(folder.parent / "zoo" / "base")).names
+    known = Provenance(
+        kind="adamerging",
+        base=digests["base"],
+        sources={n: digests[n] for n in names},
+        calibration="c0",
+        counts={},
+        described={},
+        settings={},
+        seed=0,
+    )
+    row = torch.tensor([weights[n] for n in names], dtype=torch.float64)
+    facts = {"sources": names, "start": 0.3, "selection": None}
+    with draft(folder, known) as work:
+        work.finish({name: row.clone() for name in tensors}, facts, flops=0.0)
+    return folder
+
+
+def starting(zoo: Path, start: Path, trials: int, **sampler: Any) -> StudySpec:
+    drawn = {"population": 4, "seed": 3, "start": str(start), **sampler}
+    return spec(zoo, None, space=ARITHMETIC, sampler=drawn, budget={"trials": trials})
+
+
+def genomes(store: MemoryStore) -> list[Any]:
+    return [t.genome for t in store.trials("s") if t.kind == "search"]
+
+
+@pytest.mark.parametrize("schedule", ["generational", "pipelined", "asynchronous"])
+def test_a_search_goes_first_to_what_an_artifact_has_learned(tiny_zoo, digests, tmp_path, schedule):
+    (tmp_path / "zoo").symlink_to(tiny_zoo)
+    start = averaging(tmp_path / "ada", digests, {"compare": 0.3, "sort": 0.8})
+    cut, whole = MemoryStore(), MemoryStore()
+    run_synthetic(starting(tiny_zoo, start, 6, schedule=schedule), cut, Inspecting())
+    first = genomes(cut)[0]
+    assert first == pytest.approx((0.3, 0.8), abs=1e-6)
+    assert cut.study("s").inspection["start"]["distance"] < 1e-6
+    pinned = cut.study("s").inspection["start"]
+    spread = [
+        abs(g - f) for genome in genomes(cut)[1:4] for g, f in zip(genome, first, strict=True)
+    ]
+    assert 0 < max(spread) < 4 * 0.1667  # the others are drawn around it
+
+    run_synthetic(starting(tiny_zoo, start, 20, schedule=schedule), whole, Inspecting())
+    shutil.rmtree(start)  # what the study needs of it is written into the study
+    run_synthetic(starting(tiny_zoo, start, 20, schedule=schedule), cut, Inspecting())
+    assert cut.study("s").inspection["start"] == pinned
+    assert genomes(cut) == genomes(whole)
+
+
+def test_the_start_of_a_study_stays_and_may_be_moved(tiny_zoo, digests, tmp_path):
+    (tmp_path / "zoo").symlink_to(tiny_zoo)
+    start = averaging(tmp_path / "ada", digests, {"compare": 0.3, "sort": 0.8})
+    store = MemoryStore()
+    run_synthetic(starting(tiny_zoo, start, 2), store, Inspecting())
+    moved = tmp_path / "moved"
+    shutil.move(start, moved)
+    for trials in (3, 4):
+        assert run_synthetic(starting(tiny_zoo, moved, trials), store, Inspecting())
+    other = averaging(tmp_path / "other", digests, {"compare": 0.4, "sort": 0.8})
+    with pytest.raises(StudyChanged, match=r"sampler.start: .*moved \(contents .*other \("):
+        open_study(starting(tiny_zoo, other, 4), store, Inspecting())
+
+
+def test_a_start_that_cannot_be_is_refused(tiny_zoo, digests, tmp_path):
+    (tmp_path / "zoo").symlink_to(tiny_zoo)
+    (line,) = problems(starting(tiny_zoo, fitted(tmp_path / "sens", digests), 4))
+    assert "'sensitivity' holds no weights by source and tensor; these do: dam, " in line
+    ada = averaging(tmp_path / "ada", digests, {"compare": 0.3, "sort": 0.8})
+    (line,) = problems(starting(tiny_zoo, ada, 4).model_copy(update={"space": "ties_blocks"}))
+    assert "sampler.start: the space's ties is not linear in weights" in line
+    unlike = averaging(tmp_path / "few", digests, {"compare": 0.3})
+    (line,) = problems(starting(tiny_zoo, unlike, 4))
+    assert "was fitted on the sources compare; the recipe has compare, sort" in line

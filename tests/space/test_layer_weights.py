@@ -54,7 +54,7 @@ def test_weights_that_lie_in_the_space_are_found_again(space):
 def test_others_are_met_as_bounded_least_squares_does():
     weights = LayerWeights(load_space(BLOCKS), SOURCES, TENSORS)
     rng, metric = np.random.default_rng(2), grams(5)
-    wanted = rng.uniform(-0.5, 0.5, (3, len(TENSORS))) + [[-0.2], [0.5], [1.2]]
+    wanted = rng.uniform(-0.5, 0.5, (3, len(TENSORS))) + np.array([[-0.2], [0.5], [1.2]])
     found = project(weights, by_name(weights, wanted), metric)
     genes = len(found.genome)
     # c is linear in the genes: its columns are what each gene adds

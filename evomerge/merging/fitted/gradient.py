@@ -27,7 +27,7 @@ LayerGradients = dict[str, dict[str, float]]
 """∂L/∂c by source and tensor."""
 
 
-class Descent:
+class MergeLoss:
     """A loss of merges of these models, and its gradient in their shares.
 
         answers    Lₖ = mean over examples of source k of the mean of −ln p(token)

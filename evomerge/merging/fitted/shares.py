@@ -54,6 +54,8 @@ _UNIT: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 )
 LINEAR = tuple(_SHARES)
 """The merge methods that are linear in one number for each source."""
+WEIGHTED = ("task_arithmetic", "dare_linear", "linear")
+"""Those of them whose number is the weight of a task vector or a model."""
 
 
 def shares(method: str, known: Coefficients) -> list[float]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints.adapted import open_model
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.calibration import Calibration
-from evomerge.merging.fitted.gradient import Descent
+from evomerge.merging.fitted.gradient import MergeLoss
 from evomerge.merging.merge import Merge
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.space import Space, load_space
@@ -67,7 +67,7 @@ def loss_by_hand(model, weights, loss, teachers):
 @pytest.mark.parametrize("method", METHODS)
 def test_one_backward_pass_is_autograd_through_every_share(folders, opened, method, loss):
     wanted = recipe(folders, method)
-    value, found = Descent(wanted, opened, data(), loss=loss, batch_size=3).gradient(wanted)
+    value, found = MergeLoss(wanted, opened, data(), loss=loss, batch_size=3).gradient(wanted)
 
     models = {n: AutoModelForCausalLM.from_pretrained(p) for n, p in folders.items()}
     states = {n: {k: v.detach() for k, v in m.named_parameters()} for n, m in models.items()}
@@ -148,7 +148,7 @@ def test_chained_to_genes_it_is_the_slope_of_the_loss(folders, opened, name):
         base = ModelRef(folders["base"])
         return space.decode(genome, base=base, sources=models, dtype="float32", seed=0)
 
-    descent = Descent(decoded(genome), opened, data())
+    descent = MergeLoss(decoded(genome), opened, data())
     _, gradients = descent.gradient(decoded(genome))
     chained = weights.chain(genome, gradients)
     generator = torch.Generator().manual_seed(0)
@@ -165,4 +165,4 @@ def test_what_is_not_linear_is_refused(folders, opened):
     sources = tuple(Source(n, ModelRef(folders[n])) for n in "ab")
     ties = Recipe("ties", ModelRef(folders["base"]), sources)
     with pytest.raises(MergeError, match=r"ties is not linear .* task_arithmetic"):
-        Descent(ties, opened, data())
+        MergeLoss(ties, opened, data())
