@@ -7,11 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.merging.layout import layout
-from evomerge.merging.methods.registry import check, coefficients
+from evomerge.merging.methods.registry import METHODS, check, coefficients
 from evomerge.merging.recipe import ModelRef, Recipe
 from evomerge.space import Space, check_space, load_space, shipped_spaces
 
-NAMES = ["dare_ties_blocks", "slerp_depth", "source_depth", "source_scalar", "ties_blocks"]
+NAMES = [
+    "dare_ties_blocks",
+    "fisher",
+    "mats",
+    "regmean",
+    "slerp_depth",
+    "source_depth",
+    "source_scalar",
+    "ties_blocks",
+]
 _PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "input_layernorm")
 TENSORS = [
     "model.embed_tokens.weight",
@@ -27,7 +36,10 @@ def sources(space: Space) -> list[str]:
 
 def decoded(space: Space, genome: tuple[float, ...]) -> Recipe:
     models = {name: ModelRef(f"zoo/{name}") for name in sources(space)}
-    return space.decode(genome, base=ModelRef("zoo/base"), sources=models, dtype=None, seed=7)
+    fitted = ModelRef("fitted") if METHODS[space.method].artifact else None
+    return space.decode(
+        genome, base=ModelRef("zoo/base"), sources=models, artifact=fitted, dtype=None, seed=7
+    )
 
 
 def all_coefficients(recipe: Recipe) -> list[object]:
@@ -84,8 +96,12 @@ def test_every_gene_changes_the_recipe_and_some_tensor(space):
 
 
 def test_it_starts_from_a_sound_merge(space):
-    """Neither the base nor a sum of whole task vectors; SLERP starts half way."""
+    """Neither the base nor a sum of whole task vectors; SLERP starts half way, a mean of what a fit
+    has learned with equal weights."""
     for own, shared in all_coefficients(decoded(space, space.start(sources(space)))):
+        if METHODS[space.method].artifact:
+            assert len(set(own["weight"])) == 1
+            continue
         strengths = [shared["t"]] if space.method == "slerp" else own["weight"]
         assert all(0.3 - 1e-12 <= strength <= 0.5 for strength in strengths)
         assert shared.get("normalize") is not True, "a common factor of the weights would cancel"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import small_families
@@ -73,7 +74,7 @@ def _stacked(found: Problem, inputs, name: str) -> tuple[Tensor, Tensor]:
 
 
 def test_every_linear_layer_has_the_inner_products_of_its_inputs(fitted):
-    found, folder, inputs = fitted
+    _, folder, inputs = fitted
     artifact = open_artifact(folder)
     for source, seen in inputs.items():
         known = artifact.facts["inputs"][source]
@@ -88,7 +89,7 @@ def test_every_linear_layer_has_the_inner_products_of_its_inputs(fitted):
 
 
 def test_layers_with_one_input_share_a_matrix(fitted):
-    found, folder, inputs = fitted
+    _, folder, inputs = fitted
     artifact = open_artifact(folder)
     seen = inputs["a"]
     alike = {name: [n for n in seen if torch.equal(seen[n], seen[name])] for name in seen}
@@ -164,7 +165,7 @@ def test_mats_falls_to_regmean(fitted):
     gram = 0.9 * gram + 0.1 * gram.diagonal().diag()
     left = [_merged(found, step, name) - goal for step in steps]
     errors = [float((delta * (gram @ delta)).sum()) for delta in left]
-    assert all(one > other for one, other in zip(errors[:-2], errors[1:-1], strict=True))
+    assert all(one > other for one, other in pairwise(errors[:-1]))
     torch.testing.assert_close(_merged(found, steps[-1], name), goal, rtol=1e-4, atol=1e-5)
     start = open_merge(small_families.recipe(found, "task_arithmetic", folder, **{"lambda": 0.3}))
     for other in steps[0].names:
@@ -255,7 +256,7 @@ def test_activations_that_are_no_numbers_are_one_line(tmp_path):
         model.model.layers[0].mlp.gate_proj.weight.fill_(1e30)
     model.save_pretrained(folders["b"])
     found = small_families.opened(folders)
-    with pytest.raises(MergeError, match="b: the input of .* is NaN or infinite"):
+    with pytest.raises(MergeError, match=r"b: the input of .* is NaN or infinite"):
         fit(GramFit(), found, SMALL, tmp_path / "gram")
     assert not (tmp_path / "gram").exists()
 
