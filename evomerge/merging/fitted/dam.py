@@ -41,7 +41,7 @@ class DamSettings(Settings):
     l2: float = Field(default=0.0, ge=0)
     overlap: float = Field(default=0.0, ge=0)
     weighted_overlap: float = Field(default=0.0, ge=0)
-    tokens: Literal["all", "answer"] = "all"
+    tokens: Literal["answer", "all"] = "answer"
 
     teacher: Literal["live", "cached"] = "live"
     top_k: int = Field(default=128, ge=1)
@@ -50,12 +50,12 @@ class DamSettings(Settings):
 
     optimizer: Literal["adamw", "mofo"] = "mofo"
     alpha: float = Field(default=0.3, gt=0, le=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=4, ge=1)
     steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     checkpointing: bool = False
 
 
