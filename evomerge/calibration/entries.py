@@ -76,13 +76,15 @@ class Entry(BaseModel):
 
 class CalibrationSpec(BaseModel):
     """`shared` is for all sources that have nothing of their own in `own`. `held_out` names tasks
-    whose items none of the data may hold, in the selection and report parts of `split`."""
+    whose items none of the data may hold, in the selection and report parts of `split`; their files
+    lie in `include_path`, or where an entry's do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shared: Entry | None = None
     own: dict[str, Entry] = {}
     held_out: tuple[str, ...] = ()
+    include_path: str | None = None
     split: Split = Split()
 
     def of(self, source: str) -> Entry | None:

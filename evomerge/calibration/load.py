@@ -45,7 +45,8 @@ class _HeldOut:
     def __init__(self, spec: CalibrationSpec) -> None:
         entries = [e for e in (spec.shared, *spec.own.values()) if e is not None]
         paths: Mapping[str, str | None] = {e.place: e.include_path for e in entries if e.task}
-        shared_path = next((e.include_path for e in entries if e.include_path), None)
+        places = (spec.include_path, *(e.include_path for e in entries))
+        shared_path = next(filter(None, places), None)
         passages = [
             passage
             for task in dict.fromkeys((*paths, *spec.held_out))

@@ -93,7 +93,7 @@ def open_problem(request: Request, *, device: str) -> Problem:
     if faults := compare(anchor, sources):
         raise SpecError("recipe", faults)
     calibration = load_calibration(
-        request.calibration, list(sources), _tokenizer(anchor), seed=recipe.seed
+        request.calibration, list(sources), tokenizer_of(anchor), seed=recipe.seed
     )
     digests = {path: model.scan().digest for path, model in models.items()}
     return Problem(base, sources, digests, calibration, device, recipe.seed)
@@ -107,7 +107,8 @@ def _settings(fitter: Fitter, document: object, faults: list[str]) -> Settings |
         return None
 
 
-def _tokenizer(model: Model) -> object:
+def tokenizer_of(model: Model) -> object:
+    """A model's tokenizer. Raises SpecError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:

@@ -15,7 +15,20 @@ from typing import Any
 import typer
 
 import evomerge
-from evomerge.cli import adapters, demo, diff, fit, merge, methods, read, run, service, space, zoo
+from evomerge.cli import (
+    adapters,
+    demo,
+    diff,
+    fit,
+    merge,
+    methods,
+    read,
+    refine,
+    run,
+    service,
+    space,
+    zoo,
+)
 from evomerge.errors import EvomergeError, StudyTaken, UserError
 
 OK, OURS, USER, TAKEN = 0, 1, 2, 3
@@ -47,7 +60,7 @@ def _options(
     pass
 
 
-for group in (demo, run, read, merge, fit, methods, adapters, diff, space, zoo, service):
+for group in (demo, run, refine, read, merge, fit, methods, adapters, diff, space, zoo, service):
     group.register(app)
 
 

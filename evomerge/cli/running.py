@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -25,8 +25,13 @@ from evomerge.spec import StudySpec, Workers, nearest
 from evomerge.store import IN_MEMORY, open_store
 from evomerge.store.base import StudyRecord
 
+Change = Callable[[StudyRecord], StudyRecord]
+"""What is to be written into a study before it goes on."""
 
-def run_study(spec: StudySpec, url: str, executor_name: str) -> Report:
+
+def run_study(
+    spec: StudySpec, url: str, executor_name: str, change: Change = lambda record: record
+) -> Report:
     """Create or resume a study and run it to its end; the report when it is done.
 
     Raises typer.Exit(130) when it was interrupted, after saying how to go on.
@@ -34,7 +39,7 @@ def run_study(spec: StudySpec, url: str, executor_name: str) -> Report:
     view = make_view(sys.stderr)
     with Stop(view) as stop:
         try:
-            return _run(spec, url, executor_name, view, stop)
+            return _run(spec, url, executor_name, view, stop, change)
         except KeyboardInterrupt:
             why = "stopped at once"
         except StoreUnreachable as error:
@@ -48,11 +53,13 @@ def run_study(spec: StudySpec, url: str, executor_name: str) -> Report:
     raise typer.Exit(130)
 
 
-def _run(spec: StudySpec, url: str, executor_name: str, view: View, stop: Stop) -> Report:
+def _run(
+    spec: StudySpec, url: str, executor_name: str, view: View, stop: Stop, change: Change
+) -> Report:
     store = open_store(url)
     with _executor(executor_name, spec.workers) as executor:
         view.note(f"study {spec.name}: checking models and tasks")
-        record = open_study(spec, store, executor)
+        record = change(open_study(spec, store, executor))
         with controlling(record, store) as token:
 
             def make_mirror(record: StudyRecord, genes: Sequence[Gene]) -> Mirror | None:

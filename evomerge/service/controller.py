@@ -20,7 +20,7 @@ from evomerge.service.ledger import Ledger
 from evomerge.service.verdict import to_score
 from evomerge.spec import StudySpec
 from evomerge.store.base import Tell
-from evomerge.trial import Genome, NewTrial, State, Trial, tiebreak
+from evomerge.trial import CANDIDATES, Genome, NewTrial, State, Trial, tiebreak
 
 CONTROLLER_LEASE_S = 30.0
 _WATCH_EVERY_S = 0.5
@@ -42,7 +42,8 @@ class Mirror(Protocol):
 class Controller:
     """Runs one study to its end, or until told to stop.
 
-    The ledger's controller token must be the study's live one, and its baselines recorded. `claim`
+    The ledger's controller token must be the study's live one, and its baselines and refined trials
+    recorded. `claim`
     is told now and then for how many workers there is work, and how many are at it.
     """
 
@@ -71,7 +72,9 @@ class Controller:
         self._time_s = time_s
         self._weights = {task.task: task.weight for task in spec.objective.tasks}
         self._pareto = spec.objective.aggregate == "pareto"
-        self._first = sum(t.kind != "search" for t in ledger.trials)
+        self._first = sum(t.kind not in CANDIDATES for t in ledger.trials)
+        # they stand among the search trials, wherever they were made
+        self._refined = [t.number for t in ledger.trials if t.kind == "refined"]
         self._to_settle = spec.budget.finalists + self._first  # to be scored after the search
         self._asked_before_tell = array("q")  # for each tell in turn, how many were asked for
         self._stopping = self._stopping_now = False
@@ -133,12 +136,12 @@ class Controller:
 
     def _ask(self) -> None:
         """Record more of what the sampler will answer for, as much as workers may soon need."""
-        index = len(self._ledger) - self._first
+        index, number = self._asked, len(self._ledger)
         last = min(self._sampler.horizon, index + self._room(), self._spec.budget.trials)
         if self._stopping or index >= last:
             return
         trials = [
-            self._propose(self._first + i, i, self._sampler.ask(i)) for i in range(index, last)
+            self._propose(number + i - index, i, self._sampler.ask(i)) for i in range(index, last)
         ]
         self._ledger.create(trials)
         self._dispatcher.enqueue((trial.number, "search") for trial in trials)
@@ -153,7 +156,7 @@ class Controller:
 
     def _tell(self) -> None:
         """Tell every finished trial, where order matters up to the first that is not finished."""
-        asked, told = len(self._ledger) - self._first, len(self._asked_before_tell)
+        asked, told = self._asked, len(self._asked_before_tell)
         # where tells come as they may, their places count the asks between them too, so that the
         # order of both can be read back
         first = told if self._sampler.ordered else told + asked
@@ -169,8 +172,24 @@ class Controller:
         finished = self._ledger.untold
         if not self._sampler.ordered:
             return sorted(finished)
-        following = count(self._first + len(self._asked_before_tell))
+        following = map(self._number, count(len(self._asked_before_tell)))
         return list(takewhile(finished.__contains__, following))
+
+    @property
+    def _asked(self) -> int:
+        """How many genomes the sampler was asked for."""
+        return len(self._ledger) - self._first - len(self._refined)
+
+    def _number(self, index: int) -> int:
+        """The number of search trial `index`."""
+        number = self._first + index
+        for refined in self._refined:
+            number += refined <= number
+        return number
+
+    def _index(self, number: int) -> int:
+        """Which search trial has this number."""
+        return number - self._first - bisect_right(self._refined, number)
 
     def _note_tell(self, order: int) -> None:
         self._asked_before_tell.append(order - len(self._asked_before_tell))
@@ -197,7 +216,7 @@ class Controller:
         """How many workers there is work for, now or in the generation that comes: one that was
         given back between two generations would have its model to load again.
         """
-        asked, told = len(self._ledger) - self._first, len(self._asked_before_tell)
+        asked, told = self._asked, len(self._asked_before_tell)
         now = self._dispatcher.waiting + self._dispatcher.running
         self._widest = max(self._widest, self._sampler.horizon - told)
         left = now + self._spec.budget.trials - asked + self._to_settle
@@ -210,7 +229,7 @@ class Controller:
             self._mirror.sync(self._ledger.news())
 
     def _result(self, tell: Tell) -> Told:
-        index = tell.number - self._first
+        index = self._index(tell.number)
         # only a sampler that is told in any order needs to hear it: others know by the index
         asked_at = None if self._sampler.ordered else bisect_right(self._asked_before_tell, index)
         # of several objectives no single number decides

@@ -19,10 +19,11 @@ from evomerge.service.cost import Cost
 from evomerge.service.history import History
 from evomerge.service.measurement import Interval, Measurement, measure, to_json
 from evomerge.service.notices import restarts_of
+from evomerge.service.refinement import gains, gains_text, refinements_of
 from evomerge.service.survey import Survey, cause, objective_weights, search_mean
 from evomerge.service.verdict import best_baseline, finalists, to_score, winner
 from evomerge.store.base import Refusal, StudyRecord, StudyStore
-from evomerge.trial import Kind, Part, Score, State, TaskScore, Trial
+from evomerge.trial import CANDIDATES, Kind, Part, Score, State, TaskScore, Trial
 
 if TYPE_CHECKING:
     from evomerge.scoring.statistics import Comparison
@@ -107,7 +108,8 @@ class Report:
 
     `leader` is the best on the search items alone, which is no winner. `finished` is whether the
     winner is final. `notes` say in sentences what failed and what is still to come. `references`
-    are the best baseline of each kind on the search items, by title.
+    are the best baseline of each kind on the search items, by title. `refinements` say what
+    gradient steps bought (see `refinement.gains`).
     """
 
     study: str
@@ -128,6 +130,7 @@ class Report:
     references: Mapping[str, float]
     restarts: tuple[Restart, ...]
     refused: Mapping[Refusal, int]
+    refinements: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One JSON document; its keys are stable."""
@@ -144,6 +147,7 @@ class Report:
             "cost": self.cost.to_json(),
             "restarts": [asdict(restart) for restart in self.restarts],
             "refused": dict(self.refused),
+            "refinements": [dict(gained) for gained in self.refinements],
             "verdict": self.verdict,
             "finished": self.finished,
             "notes": list(self.notes),
@@ -169,7 +173,7 @@ def _report(record: StudyRecord, survey: Survey, refused: Mapping[Refusal, int])
     weights = objective_weights(record.spec)
     budget = record.spec["budget"]
     planned, count = int(budget["trials"]), int(budget.get("finalists", 8))
-    searched = [t for t in trials if t.kind == "search"]
+    searched = [t for t in trials if t.kind in CANDIDATES]
     ranked = finalists(searched, count, weights)
     pareto = record.spec["objective"].get("aggregate") == "pareto"
 
@@ -180,6 +184,7 @@ def _report(record: StudyRecord, survey: Survey, refused: Mapping[Refusal, int])
     fixed = {name: candidate(best_baseline(trials, k, weights)) for name, k in BASELINES.items()}
     outcomes = _outcomes(champion, fixed, weights)
     progress = _unfinished(survey, count, planned, weights)
+    refinements = _refinements(record, trials)
     return Report(
         study=record.name,
         weights=weights,
@@ -193,12 +198,22 @@ def _report(record: StudyRecord, survey: Survey, refused: Mapping[Refusal, int])
         front=tuple(_candidate(t, weights) for t in ranked) if pareto else (),
         cost=survey.costs.total(),
         finished=not progress,
-        notes=(*_failures(survey), *progress),
+        notes=(*_failures(survey), *map(gains_text, refinements), *progress),
         verdict=_overall(champion, outcomes, survey.searched, finished=not progress),
         history=survey.history,
         references=_references(trials, weights),
         restarts=tuple(restarts_of(record)),
         refused=refused,
+        refinements=refinements,
+    )
+
+
+def _refinements(record: StudyRecord, trials: Sequence[Trial]) -> tuple[dict[str, Any], ...]:
+    """What each refinement that has its trial bought."""
+    refined = [t for t in trials if t.kind == "refined"]
+    return tuple(
+        gains(refinement, trial)
+        for refinement, trial in zip(refinements_of(record), refined, strict=False)
     )
 
 
@@ -209,7 +224,7 @@ def _candidate(trial: Trial, weights: Mapping[str, float]) -> Candidate:
 
 def title_of(trial: Trial) -> str:
     """A trial's name for people."""
-    if trial.kind == "search":
+    if trial.kind in CANDIDATES:
         return f"trial {trial.number}"
     return f"source {trial.label}" if trial.kind == "source" else trial.label
 
@@ -219,7 +234,7 @@ def _references(trials: Sequence[Trial], weights: Mapping[str, float]) -> dict[s
     best: dict[str, tuple[float, str]] = {}
     for trial in trials:
         mean = search_mean(trial, weights)
-        if trial.kind == "search" or mean is None:
+        if trial.kind in CANDIDATES or mean is None:
             continue
         if trial.kind not in best or mean > best[trial.kind][0]:
             best[trial.kind] = (mean, title_of(trial))
@@ -377,6 +392,9 @@ def _unfinished(
     finished = survey.counts.finished
     if finished < planned:
         return [f"The search has finished {finished} of {planned} trials."]
+    refined = [t for t in survey.kept if t.kind == "refined" and not t.state.finished]
+    if refined:
+        return [f"Not scored on the search items: {_named([title_of(t) for t in refined])}."]
     open_ = to_score(survey.kept, count, weights)
     return [
         f"Not scored on the {part} items: {_named(titles)}."
@@ -389,7 +407,7 @@ def _failures(survey: Survey) -> list[str]:
     sentences = [
         f"Baseline {title_of(t)} failed: {cause(t)}."
         for t in survey.kept
-        if t.kind != "search" and t.state is State.FAIL
+        if t.kind not in CANDIDATES and t.state is State.FAIL
     ]
     failed = survey.searched[State.FAIL]
     if failed:

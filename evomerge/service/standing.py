@@ -8,7 +8,7 @@ from evomerge.service.counts import Counts
 from evomerge.service.progress import Entry, Phase, Progress, seconds_left
 from evomerge.service.verdict import standing_of, to_score
 from evomerge.spec import StudySpec
-from evomerge.trial import Kind, Part, Trial
+from evomerge.trial import CANDIDATES, Kind, Part, Trial
 
 _LABELS: Mapping[Kind, str] = {
     "base": "base",
@@ -34,8 +34,8 @@ def standing(
     counts = counts or Counts.of(trials)
     weights = {task.task: task.weight for task in spec.objective.tasks}
     phase = _phase(spec, trials, counts)
-    searched = [t for t in trials if t.kind == "search"]
-    baselines = [t for t in trials if t.kind != "search"]
+    searched = [t for t in trials if t.kind in CANDIDATES]
+    baselines = [t for t in trials if t.kind not in CANDIDATES]
     done, total = _evaluations(spec, trials, counts, phase)
     best = {kind: _best([t for t in baselines if t.kind == kind], weights) for kind in _LABELS}
     return Progress(
@@ -79,7 +79,7 @@ def _work_left(spec: StudySpec, baselines: Sequence[Trial], counts: Counts) -> f
 
 
 def _phase(spec: StudySpec, trials: Sequence[Trial], counts: Counts) -> Phase:
-    if any(t.kind != "search" and not t.state.finished for t in trials):
+    if any(t.kind not in CANDIDATES and not t.state.finished for t in trials):
         return "baselines"
     if counts.finished < spec.budget.trials:
         return "search"
@@ -93,7 +93,7 @@ def _evaluations(
     if phase == "search":
         return 0, 0
     if phase == "baselines":
-        baselines = [t for t in trials if t.kind != "search"]
+        baselines = [t for t in trials if t.kind not in CANDIDATES]
         return sum(t.state.finished for t in baselines), len(baselines)
     done = counts.scored[phase]
     return done, done + len(_to_score(spec, trials))

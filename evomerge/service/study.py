@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from evomerge.errors import StudyChanged, StudyNotFound
-from evomerge.merging.recipe import ModelRef
+from evomerge.merging.recipe import ModelRef, Recipe
 from evomerge.sampling import make_sampler
 from evomerge.sampling.base import Sampler
 from evomerge.service.baselines import baselines
@@ -28,10 +28,11 @@ from evomerge.service.ledger import Clock, Ledger, utc_now
 from evomerge.service.liveness import is_dead, process_start
 from evomerge.service.notices import RestartLog, kept_restarts
 from evomerge.service.progress import Progress
+from evomerge.service.refinement import kept_refinements, refinements_of
 from evomerge.service.shares import PoolShare
 from evomerge.service.standing import standing, work_done
 from evomerge.service.warm_start import good_genomes
-from evomerge.space import Gene, Space, load_space
+from evomerge.space import Gene, load_space
 from evomerge.spec import StudySpec
 from evomerge.store.base import Controller as Holder
 from evomerge.store.base import StudyRecord, StudyStore
@@ -97,7 +98,7 @@ def open_study(
         )
     # what the study started from stays, whatever has become of earlier studies and artifacts since
     start = {k: v for k, v in known.inspection.items() if k in ("warm_start", "start")}
-    start |= kept_restarts(known)
+    start |= kept_restarts(known) | kept_refinements(known)
     return replace(record, inspection=inspection | start, created_at=known.created_at)
 
 
@@ -168,6 +169,8 @@ def build_controller(
     ledger = Ledger(store, record, token, clock=clock, show=loaded)
     if not len(ledger):
         ledger.create(baselines(models.base, models.sources, models.dtype))
+    if refined := _refined(record, ledger):
+        ledger.create(refined)
     fingerprint = record.inspection["fingerprint"]
     executor.prepare(Setup(record.spec, record.inspection["digests"], models.dtype, fingerprint))
     share = PoolShare(store, executor, record.name, spec.workers, token=token, clock=clock)
@@ -200,7 +203,7 @@ def build_controller(
         ledger,
         sampler,
         Dispatcher(spec, ledger, executor),
-        _proposer(space, models, spec.sampler.seed),
+        _proposer(decoder(record)),
         mirror=mirror,
         watch=show,
         claim=lambda wanted, held: share.renew(wanted, held, CONTROLLER_LEASE_S),
@@ -220,18 +223,40 @@ def _idle_workers(spec: StudySpec, sampler: Sampler) -> str | None:
     )
 
 
-def _proposer(space: Space, models: Models, seed: int) -> Callable[[int, int, Genome], NewTrial]:
-    def propose(number: int, index: int, genome: Genome) -> NewTrial:
-        recipe = space.decode(
+def decoder(record: StudyRecord) -> Callable[[Genome], Recipe]:
+    """What a genome of the study stands for."""
+    models, space = Models.of(record), load_space(record.spec["space"])
+
+    def decode(genome: Genome) -> Recipe:
+        return space.decode(
             genome,
             base=models.base,
             sources=models.sources,
             dtype=models.dtype,
-            seed=seed,
+            seed=record.spec["sampler"]["seed"],
             artifact=models.artifact,
         )
+
+    return decode
+
+
+def _proposer(decode: Callable[[Genome], Recipe]) -> Callable[[int, int, Genome], NewTrial]:
+    def propose(number: int, index: int, genome: Genome) -> NewTrial:
+        recipe = decode(genome)
         return NewTrial(
             number, "search", f"trial {number}", genome, recipe.to_json(), recipe.digest
         )
 
     return propose
+
+
+def _refined(record: StudyRecord, ledger: Ledger) -> list[NewTrial]:
+    """The trials of refinements that have none yet."""
+    made = sum(trial.kind == "refined" for trial in ledger.trials)
+    decode, trials = decoder(record), list[NewTrial]()
+    for number, refinement in enumerate(refinements_of(record)[made:], len(ledger)):
+        recipe, label = decode(refinement.genome), f"refined from trial {refinement.origin}"
+        trials.append(
+            NewTrial(number, "refined", label, refinement.genome, recipe.to_json(), recipe.digest)
+        )
+    return trials

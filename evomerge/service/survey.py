@@ -27,7 +27,7 @@ class Survey:
     """What is known of a study once every trial was put in, in the order of numbers.
 
     `states` and `searched` count trials, and search trials, by state; `causes` say why search
-    trials failed. `kept` are baselines and contenders, as they were put in.
+    trials failed. `kept` are baselines, refined trials and contenders, as they were put in.
     """
 
     def __init__(self, record: StudyRecord) -> None:
@@ -40,7 +40,6 @@ class Survey:
         self.kept: list[Trial] = []
         self._weights = objective_weights(record.spec)
         self._finalists = int(record.spec["budget"].get("finalists", 8))
-        self._first: int | None = None
 
     @classmethod
     def of(cls, record: StudyRecord, trials: Iterable[Trial]) -> Self:
@@ -76,11 +75,9 @@ class Survey:
         self.searched[trial.state] += 1
         if trial.state is State.FAIL:
             self.causes[cause(trial)] += 1
-        if self._first is None:
-            self._first = trial.number
         if trial.state.finished:
             score = search_mean(trial, self._weights)
-            self.history.put(Dot(trial.number - self._first + 1, score, f"trial {trial.number}"))
+            self.history.put(Dot(self.counts.searched, score, f"trial {trial.number}"))
 
 
 def objective_weights(spec: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 
 from evomerge.sampling.pareto import pareto_front
-from evomerge.trial import Kind, Part, State, Trial, tiebreak, weighted_mean
+from evomerge.trial import CANDIDATES, Kind, Part, State, Trial, tiebreak, weighted_mean
 
 Weights = Mapping[str, float]
 
@@ -24,7 +24,7 @@ def finalists(trials: Sequence[Trial], count: int, weights: Weights) -> list[Tri
     Trials of one recipe count once; among equal values the margins decide, among equal margins the
     earlier trial goes first.
     """
-    complete = _distinct([t for t in trials if t.kind == "search" and t.state is State.COMPLETE])
+    complete = _distinct([t for t in trials if t.kind in CANDIDATES and t.state is State.COMPLETE])
     if complete and len(complete[0].values or ()) > 1:
         front = pareto_front([t.values or () for t in complete])
         return [complete[i] for i in front]
@@ -49,7 +49,7 @@ def contenders(trials: Sequence[Trial], count: int, weights: Weights) -> list[Tr
     return [
         trial
         for trial in trials
-        if trial.kind == "search" and (trial.number in chosen or trial.scores.keys() - {"search"})
+        if trial.kind in CANDIDATES and (trial.number in chosen or trial.scores.keys() - {"search"})
     ]
 
 
@@ -75,7 +75,7 @@ def best_of(trials: Sequence[Trial], weights: Weights) -> Trial | None:
 
 def winner(trials: Sequence[Trial], weights: Weights) -> Trial | None:
     """The winner of the search."""
-    return best_of([t for t in trials if t.kind == "search"], weights)
+    return best_of([t for t in trials if t.kind in CANDIDATES], weights)
 
 
 def best_baseline(trials: Sequence[Trial], kind: Kind, weights: Weights) -> Trial | None:
@@ -99,7 +99,7 @@ def to_score(
         scored = [t for t in candidates if t.state is State.COMPLETE and part not in t.scores]
         return [(t, part) for t in scored if (t.number, part) not in given_up]
 
-    baselines = [t for t in trials if t.kind != "search"]
+    baselines = [t for t in trials if t.kind not in CANDIDATES]
     first = [*baselines, *finalists(trials, count, weights)]
     selection = missing(first, "selection")
     if selection:
