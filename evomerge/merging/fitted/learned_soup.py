@@ -61,7 +61,7 @@ class LearnedSoupFit(Fitter):
         tensors = {name: alpha[training.row(name)].clone() for name in training.names}
         facts = {
             "sources": list(problem.sources),
-            "beta": float(training.beta),
+            "beta": float(training.beta.detach()),
             "curve": descent.curve,
         }
         draft.finish(tensors, facts, flops=network.flops)
