@@ -78,7 +78,8 @@ def l1(m: Tensor) -> Tensor:
 
 def l2(m: Tensor) -> Tensor:
     """Σᵢ ‖mᵢ‖₂ of [s, g], not squared."""
-    return torch.linalg.vector_norm(m, dim=1).sum()
+    norms: Tensor = torch.linalg.vector_norm(m, dim=1)
+    return norms.sum()
 
 
 def overlap(m: Tensor, weights: Tensor | None = None) -> Tensor:

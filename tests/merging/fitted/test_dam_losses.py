@@ -117,6 +117,9 @@ def test_similarity_has_no_gradient_where_all_are_equal_and_is_0_of_single_numbe
 
 def test_norms_are_not_squared() -> None:
     assert float(losses.l1(_m())) == pytest.approx(3.4, rel=1e-5)
+    nought = torch.zeros(2, 3, requires_grad=True)
+    losses.l2(nought).backward()
+    assert torch.equal(nought.grad, torch.zeros(2, 3))
     wanted = sum(math.hypot(*row) for row in _m().double().tolist())
     assert float(losses.l2(_m())) == pytest.approx(wanted, rel=1e-5)
 
