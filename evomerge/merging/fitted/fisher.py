@@ -46,7 +46,7 @@ class FisherFit(Fitter):
     live model. Artifact: Fᵢ of every learned tensor; facts `norms` and `means`: ‖Fᵢ‖₂ and the mean
     entry, over the whole model, by source.
 
-    Source: Matena and Raffel 2022, arXiv:2111.09832, sec. 3. They take the expectation over all
+    Source: Matena and Raffel 2022, arXiv:2111.09832. They take the expectation over all
     labels of a classifier; that over the answers of a language model can only be sampled.
     """
 

@@ -40,8 +40,7 @@ class GramFit(Fitter):
     Artifact: for each source and input the upper triangle, float32; facts `inputs`, for each source
     the input of each layer, and `inputs_first`, the layers that are stored as [in, out].
 
-    Source: Jin et al. 2023, arXiv:2212.09849, sec. 4. The authors' code divides by the number of
-    batches' tokens too, and counts padding unless the caller masks it.
+    Source: Jin et al. 2023, arXiv:2212.09849. Every token counts; nothing is padded.
     """
 
     name = "gram"

@@ -42,7 +42,7 @@ def fisher(
     Everything is computed in float64. Where no source has any information, Σᵢ wᵢ·θᵢ / Σᵢ wᵢ.
     Fishers all equal give that too, and a single source is that source bit for bit.
 
-    Source: Matena and Raffel 2022, arXiv:2111.09832, eq. 4. The authors' code keeps the floor from
+    Source: Matena and Raffel 2022, arXiv:2111.09832. The authors' code keeps the floor from
     all models but the first, which then wins wherever nothing is known; ours has it on all.
     """
     total = torch.zeros_like(sources[0], dtype=torch.float64)

@@ -38,7 +38,7 @@ def mats(problem: System, *, iterations: int) -> Tensor:
     depend on those of others. The error ⟨Δ − Δ*, S·(Δ − Δ*)⟩ of each output falls with every step;
     K = 0 is W₀. Directions without data stay as they are in W₀.
 
-    Source: Tam, Bansal, Raffel 2024, arXiv:2312.04339, sec. 4, with the Gram matrices of RegMean.
+    Source: Tam, Bansal, Raffel 2024, arXiv:2312.04339, with the Gram matrices of RegMean.
     In the released code for comparisons the start called average is a sum; ours is an average.
     """
     residual = problem.right.clone()

@@ -37,11 +37,10 @@ def regmean(problem: System, *, tensor: str = "") -> Tensor:
 
     Shapes: returns W [d, o] float64. Solved by Cholesky for W − W̄, W̄ being the average, after
     scaling S to a unit diagonal. An input that is 0 in all data keeps the average, and so does a
-    single source. a = 1 is carried out as 1 − 1e-5, so that there is a solution where there are
-    fewer tokens than inputs; directions without data go to a mean weighed by single inputs.
+    single source. a = 1 is carried out as 1 − 1e-5, so that there is one solution where there are
+    fewer tokens than inputs: of those that fit, the nearest to the sources input by input.
 
-    Source: Jin et al. 2023, arXiv:2212.09849, eq. 1 and sec. 4. The authors invert ΣG, without
-    weights.
+    Source: Jin et al. 2023, arXiv:2212.09849. The authors invert ΣG, and have no weights.
     """
     diagonal = problem.left.diagonal()
     scale = torch.where(diagonal > 0, diagonal.clamp_min(1e-300).rsqrt(), 0.0)
