@@ -29,7 +29,7 @@ class DamSettings(Settings):
     granularity: Granularity = "column"
     non_linearity: NonLinearity = "identity"
     anchor: Literal["none", "base"] = "none"
-    train: tuple[Kind, ...] = ("linears", "biases")
+    train: tuple[Kind, ...] = Field(default=("linears", "biases"), min_length=1)
     initial: Literal["uniform", "random"] = "uniform"
 
     kl: float = Field(default=1.0, ge=0)
