@@ -42,7 +42,7 @@ def agreeing_votes(block: Block, trims: Sequence[Cut], tie: int) -> list[Tensor]
 
 @dataclass(frozen=True)
 class _Prepared:
-    """λᵢ of one tensor [s]; TIES' trims [s] and its sign at a tie, None without a selection."""
+    """What task arithmetic is told; TIES' trims [s] and its sign at a tie, None without a selection."""
 
     coefficients: Coefficients
     trims: tuple[Cut, ...] | None
@@ -52,10 +52,10 @@ class _Prepared:
 class AdaMerging(MergeMethod):
     """Task vectors, or TIES' share of each, times what was learned for each tensor and source.
 
-        θ = θ₀ + s·Σᵢ λᵢ·τᵢ                     task arithmetic with weights λᵢ
-        θ = θ₀ + s·Σᵢ λᵢ·τ̂ᵢ⊙[sign(τ̂ᵢ) = γ]      ++, γ = sign(Σᵢ τ̂ᵢ)
+        θ = θ₀ + Σᵢ sᵢ·λᵢ·τᵢ                     task arithmetic with weights sᵢ·λᵢ
+        θ = θ₀ + Σᵢ sᵢ·λᵢ·τ̂ᵢ⊙[sign(τ̂ᵢ) = γ]      ++, γ = sign(Σᵢ τ̂ᵢ)
 
-    All arithmetic is float32, s·λᵢ float64. A tensor that the fit did not learn (no parameter of
+    All arithmetic is float32, sᵢ·λᵢ float64. A tensor that the fit did not learn (no parameter of
     the live model) has the fit's first λ for every source.
 
     Source: Yang et al. 2024, arXiv:2310.02575, and the authors' code.
@@ -63,16 +63,20 @@ class AdaMerging(MergeMethod):
 
     name = "adamerging"
     summary = "task arithmetic, its coefficients by tensor and source learned without labels"
-    formula = "θ = θ₀ + s·Σᵢ λᵢ·τᵢ,  λ learned"
-    parameters = (Parameter("scale", "recipe", "float", 1.0, "factor of all that was learned"),)
+    formula = "θ = θ₀ + Σᵢ sᵢ·λᵢ·τᵢ,  λ learned"
+    parameters = (
+        Parameter("scale", "source", "float", 1.0, "factor of what was learned for the source"),
+    )
     artifact = "adamerging"
 
     def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> _Prepared:
         fitted, name = coefficients.fitted, coefficients.tensor
         assert fitted is not None
         found = by_source(fitted, name, coefficients.names)
-        recipe = {"lambda": coefficients.number("scale"), "normalize": False}
-        told = replace(coefficients, source={"weight": tuple(found)}, recipe=recipe)
+        factors = coefficients.floats("scale")
+        weights = tuple(scale * value for scale, value in zip(factors, found, strict=True))
+        recipe = {"lambda": 1.0, "normalize": False}
+        told = replace(coefficients, source={"weight": weights}, recipe=recipe)
         selection = fitted.facts["selection"]
         if selection is None or name not in selection["trims"]:
             return _Prepared(told, None, 0)
@@ -90,9 +94,8 @@ class AdaMerging(MergeMethod):
         if prepared.trims is None:
             return _TASK_ARITHMETIC.merge(block, told, None)
         assert block.base is not None
-        shares = [told.number("lambda") * weight for weight in told.floats("weight")]
         votes = agreeing_votes(block, prepared.trims, prepared.tie)
-        return moved(block.base, weighted_sum(votes, shares))
+        return moved(block.base, weighted_sum(votes, told.floats("weight")))
 
 
 def by_source(fitted: Fitted, tensor: str, names: Sequence[str]) -> list[float]:
