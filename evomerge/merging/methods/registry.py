@@ -109,6 +109,11 @@ def check(recipe: Recipe) -> list[str]:
     """
     if broken := list(part_faults(recipe)):
         return broken
+    if recipe.artifact is not None and recipe.slices:
+        return [
+            "slices: what a fit learned is of layers in their own places; merge whole models by the"
+            " artifact, then stack the layers of that merge"
+        ]
     found = {part.where: _part_faults(part.recipe, part.where) for part in parts(recipe).values()}
     return list(dict.fromkeys(fault for faults in found.values() for fault in faults))
 

@@ -21,7 +21,9 @@ from evomerge.merging.fitted.base import Problem, fit
 from evomerge.merging.fitted.gram import GramFit, GramSettings
 from evomerge.merging.merge import Merge, open_merge
 from evomerge.merging.methods.gram import gram_key, packed, unpacked
+from evomerge.merging.methods.registry import check
 from evomerge.merging.methods.regmean import RegMean
+from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.testing.fitted_cases import Learned
 from evomerge.testing.merge_laws import TENSOR, Case, merged
 
@@ -265,6 +267,16 @@ def test_without_data_it_is_refused(tmp_path):
     found = small_families.problem("llama", tmp_path, count=0)
     with pytest.raises(UserError, match="source 'a': 0 examples"):
         fit(GramFit(), found, SMALL, tmp_path / "gram")
+
+
+def test_layers_that_are_stacked_anew_are_refused():
+    """A layer's matrix would be looked up under the place that the layer has in the stack."""
+    sources = tuple(Source(name, ModelRef(name)) for name in "ab")
+    slices = ({"a": (1, 2), "b": (0, 1)}, {"a": (0, 1), "b": (1, 2)})
+    recipe = Recipe("regmean", None, sources, slices=slices, artifact=ModelRef("gram"))
+    assert "name the folder" in check(replace(recipe, artifact=None))[0]
+    (fault,) = check(recipe)
+    assert fault.startswith("slices: what a fit learned is of layers in their own places")
 
 
 def test_triangles_hold_a_matrix():
