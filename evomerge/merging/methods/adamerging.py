@@ -42,7 +42,7 @@ def agreeing_votes(block: Block, trims: Sequence[Cut], tie: int) -> list[Tensor]
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What task arithmetic is told; TIES' trims [s] and its sign at a tie, None without a selection."""
+    """`coefficients` are task arithmetic's; `trims` [s] are None without a selection."""
 
     coefficients: Coefficients
     trims: tuple[Cut, ...] | None
