@@ -28,6 +28,7 @@ from evomerge.service.verdict import winner
 from evomerge.store import open_store
 
 SEEDS = (0, 1, 2)
+FINALISTS = 3
 
 
 def main() -> int:
@@ -83,16 +84,22 @@ def methods(scores: ZooScores) -> dict[str, Chosen]:
 
 
 def best(scores: ZooScores, method: str, grid: Grid) -> Chosen:
-    """The settings of highest merit, the first of equals, on the report items."""
-    tried = [(fit, parameters) for fit, parameters in grid.settings()]
+    """The best settings, the first of equals, on the report items.
+
+    All are scored on selection items, the finalists on search items too, as in a study.
+    """
+    tried = list(grid.settings())
     fitted = METHODS[method].artifact is not None
 
     def recipe(fit: Settings, parameters: Settings) -> Recipe:
         artifact = scores.fitted(method, fit) if fitted else None
         return scores.recipe(method, parameters, artifact=artifact)
 
-    merits = [scores.merit(recipe(*settings)) for settings in tried]
-    fit, parameters = tried[merits.index(max(merits))]
+    ranked = sorted(tried, key=lambda one: -scores.merit(recipe(*one), ["selection"]))
+    finalists = ranked[:FINALISTS]
+    if len(finalists) > 1:
+        finalists.sort(key=lambda one: -scores.merit(recipe(*one), ["selection", "search"]))
+    fit, parameters = finalists[0]
     chosen = recipe(fit, parameters)
     artifact = scores.fitted(method, fit) if fitted else None
     return reported(

@@ -116,10 +116,11 @@ in float32 with one thread. The grids stand in `benchmarks/method_grids.py`.
 
 **Protocol.** {len(seeds)} zoos, each trained with a seed of its own (`evomerge zoo build --seed
 N`). Items are split as in a study: 40% search, 20% selection, 40% report. Fits see {EXAMPLES}
-search items of each task, with answers where they need them. Settings are chosen on the search and
-selection items that no fit has seen ({chosen_on} at seed {seeds[0]}); the numbers are of the report
-items ({items} at seed {seeds[0]}), which nothing else has seen. Weights of sources are equal in
-every grid: to vary them is what the search is for.
+search items of each task: prompts with their right answers, which a fit that needs no labels reads
+as text. Every setting is scored on selection items, and the three best of a row on search items
+too, without those that fits have seen ({chosen_on} items at seed {seeds[0]}). The numbers are of
+the report items ({items} at seed {seeds[0]}), which nothing else has seen. Weights of sources are
+equal in every grid: to vary them is what the search is for. Random masks are one draw.
 
 **Columns.** The standard error is over seeds: how much the zoo matters. *Over task arithmetic* is
 the difference to the best task arithmetic on the same items, all seeds together, with its 95%

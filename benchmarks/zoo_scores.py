@@ -36,7 +36,7 @@ WEIGHTS = dict.fromkeys(TASKS, 1.0)
 EXAMPLES = 150
 """Of each task's search items, for every fit: some fifty of the smallest task are left to choose
 settings on."""
-_CHOSEN_ON: tuple[Part, ...] = ("search", "selection")
+CHOSEN_ON: tuple[Part, ...] = ("selection", "search")
 
 
 class Kept:
@@ -99,11 +99,11 @@ class ZooScores:
         """For each task the content hashes of its items."""
         return self._scorer.items()
 
-    def merit(self, recipe: Recipe) -> float:
-        """Mean over the tasks of the accuracy on the items that settings are chosen on; -inf where
-        the recipe makes no model."""
+    def merit(self, recipe: Recipe, parts: Sequence[Part] = CHOSEN_ON) -> float:
+        """Mean over the tasks of the accuracy on items of these parts that no fit has seen; -inf
+        where the recipe makes no model."""
         outcomes: dict[str, list[float]] = {task: [] for task in TASKS}
-        for part in _CHOSEN_ON:
+        for part in parts:
             score = self.score(recipe, part)
             if score is None:
                 return -math.inf
@@ -144,10 +144,10 @@ class ZooScores:
         """What it takes to score the live model on search and selection items."""
 
         def make() -> float:
-            for part in _CHOSEN_ON:
+            for part in CHOSEN_ON:
                 self._scorer.score(part)  # laid out in batches, once for all
             started = time.process_time()
-            for part in _CHOSEN_ON:
+            for part in CHOSEN_ON:
                 self._scorer.score(part)
             return time.process_time() - started
 
@@ -200,7 +200,7 @@ class ZooScores:
 
         seen = set(self._problem.calibration.items)
         found: dict[Part, dict[str, list[int]]] = {}
-        for part in _CHOSEN_ON:
+        for part in CHOSEN_ON:
             found[part] = {}
             for task, hashes in self._scorer.items().items():
                 own = [h for h in hashes if part_of(h, self.objective.split) == part]
