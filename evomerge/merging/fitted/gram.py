@@ -5,6 +5,7 @@ Knows nothing of the least squares that are solved with them.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,10 @@ from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch, merge
 from evomerge.merging.fitted.calibration import Batch, Example, batch
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.gram import gram_key, packed
+
+_RECENT = 3
+"""Inputs that are kept to be told again: between a block's attention and an mlp beside it, which
+are given the same, lie those of the attention."""
 
 
 class GramSettings(Settings):
@@ -84,11 +89,31 @@ def linear_layers(network: Network) -> dict[str, nn.Module]:
         _, module = network.module(name) or ("", None)
         weight = getattr(module, "weight", None)
         is_weight = isinstance(weight, nn.Parameter) and weight.shape == network.shape(name)
-        if module is None or type(module) not in (nn.Linear, Conv1D) or not is_weight:
-            continue  # a subclass may compute something else
-        if network.parts[name][0].is_run and users[id(weight)] == 1:
+        if not is_weight or not network.parts[name][0].is_run or users[id(weight)] > 1:
+            continue
+        assert module is not None
+        if type(module) in (nn.Linear, Conv1D) or _is_linear(module):
             found[name] = module
+    if not found:
+        raise MergeError(
+            f"{type(network.model).__name__}: has no linear layer with a stored tensor to itself,"
+            " so there is nothing to fit; take the average (`linear`)"
+        )
     return found
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a subclass of `nn.Linear` still computes x·Wᵀ + b, and nothing else."""
+    if not isinstance(module, nn.Linear):
+        return False
+    rows = torch.linspace(-1, 1, module.in_features, device=module.weight.device)[None]
+    try:
+        found = module(rows)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False  # it asks for more than rows
+    wanted = nn.functional.linear(rows, module.weight, module.bias)
+    return isinstance(found, Tensor) and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def even_batches(examples: Sequence[Example], size: int) -> Iterator[Batch]:
@@ -116,7 +141,7 @@ class Grams:
         self._layers = layers
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._last: tuple[str, Tensor] | None = None  # the last input seen, and whose it is
+        self._recent: deque[tuple[str, Tensor, int]] = deque(maxlen=_RECENT)
 
     @torch.no_grad()
     def add(self, examples: Batch) -> None:
@@ -146,17 +171,17 @@ class Grams:
         try:
             yield
         finally:
-            self._last = None
+            self._recent.clear()
             for hook in hooks:
                 hook.remove()
 
     def _take(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         (rows,) = inputs
-        alike = self._last is not None and self._last[1] is rows
-        given = self._last[0] if alike and self._last else name
+        state = rows._version  # counts writes in place
+        given = next((n for n, x, s in self._recent if x is rows and s == state), name)
         shared = self.inputs.setdefault(name, given)
         if shared == name:
-            self._last = name, rows
+            self._recent.append((name, rows, state))
             self._sum(name, rows.detach().reshape(-1, rows.shape[-1]).float())
         elif shared != given:
             raise MergeError(f"{name}: is given what {shared} is given, but not in every batch")

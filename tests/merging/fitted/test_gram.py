@@ -30,7 +30,7 @@ from evomerge.testing.merge_laws import TENSOR, Case, merged
 SMALL = GramSettings(batch_size=3)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "falcon"])
 def fitted(request, tmp_path_factory):
     """A family's problem, its artifact, and the raw inputs of each layer by source."""
     root = tmp_path_factory.mktemp(request.param)
@@ -57,12 +57,12 @@ def _inputs(found: Problem, source: str) -> dict[str, Tensor]:
 def _weights(found: Problem, source: str, name: str, inputs: int) -> Tensor:
     """One layer's weights, inputs first: only those of Conv1D are stored so."""
     weight = found.sources[source].tensor(name).double()
-    return weight if "h." in name else weight.T
+    return weight if ".c_" in name else weight.T
 
 
 def _merged(found: Problem, merge: Merge, name: str) -> Tensor:
     weight = merge.tensor(name).double()
-    return weight if "h." in name else weight.T
+    return weight if ".c_" in name else weight.T
 
 
 def _stacked(found: Problem, inputs, name: str) -> tuple[Tensor, Tensor]:
@@ -267,6 +267,26 @@ def test_without_data_it_is_refused(tmp_path):
     found = small_families.problem("llama", tmp_path, count=0)
     with pytest.raises(UserError, match="source 'a': 0 examples"):
         fit(GramFit(), found, SMALL, tmp_path / "gram")
+
+
+class _Same(nn.Linear):
+    def forward(self, rows):
+        return rows @ self.weight.T + self.bias
+
+
+class _Squashed(nn.Linear):
+    def forward(self, rows):
+        return super().forward(rows).tanh()
+
+
+class _Other(nn.Linear):
+    def forward(self, rows, experts):
+        return super().forward(rows)[experts]
+
+
+def test_a_subclass_counts_if_it_computes_the_same():
+    """As Falcon's layers do; a router's scores are something else."""
+    assert [gram._is_linear(kind(4, 3)) for kind in (_Same, _Squashed, _Other)] == [True, 0, 0]
 
 
 def test_layers_that_are_stacked_anew_are_refused():
