@@ -17,6 +17,7 @@ from evomerge.merging.fitted.artifact import Draft
 from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch
 from evomerge.merging.fitted.dam_training import Training
 from evomerge.merging.fitted.granularity import Granularity, Kind
+from evomerge.merging.fitted.heap import return_large_blocks
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.mergers import NonLinearity
 
@@ -79,6 +80,7 @@ class DamFit(Fitter):
 
     def fit(self, problem: Problem, settings: Any, draft: Draft, watch: Watch) -> None:
         _check(problem, settings)
+        return_large_blocks()
         network = Network(
             problem.anchor, device=problem.device, checkpointing=settings.checkpointing
         )
