@@ -13,6 +13,7 @@ from evomerge.space import Space, check_space, load_space, shipped_spaces
 
 NAMES = [
     "adamerging",
+    "dam",
     "dare_ties_blocks",
     "fisher",
     "learned_soup",

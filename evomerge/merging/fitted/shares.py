@@ -2,7 +2,7 @@
 
     W = O + Σᵢ cᵢ·Dᵢ        of one tensor: shares cᵢ, directions Dᵢ
 
-A task vector, a thinned one, a model, what DAM learned of one. Knows no loss and no search space.
+A task vector, a thinned one, a model, what a fit learned of one. Knows no loss and no search space.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def _of_models(known: Coefficients) -> list[float]:
     return linear.shares(known.floats("weight"), normalize=known.flag("normalize"))
 
 
-def _of_dam(known: Coefficients) -> list[float]:
+def _of_fitted(known: Coefficients) -> list[float]:
+    """How much of what a fit learned of each source."""
     return list(known.floats("scale"))
 
 
@@ -40,7 +41,8 @@ _SHARES: Mapping[str, Callable[[Coefficients], list[float]]] = MappingProxyType(
         "task_arithmetic": _of_task_vectors,
         "dare_linear": _of_task_vectors,
         "linear": _of_models,
-        "dam": _of_dam,
+        "dam": _of_fitted,
+        "adamerging": _of_fitted,
     }
 )
 # what makes a source's share 1, and every other parameter neutral
@@ -50,6 +52,7 @@ _UNIT: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "dare_linear": ("weight", {"normalize": False, "lambda": 1.0}),
         "linear": ("weight", {"normalize": False}),
         "dam": ("scale", {}),
+        "adamerging": ("scale", {}),
     }
 )
 LINEAR = tuple(_SHARES)

@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.checkpoints.adapted import open_model
 from evomerge.errors import MergeError
+from evomerge.merging.fitted.adamerging import AdaMergingFit, AdaMergingSettings
+from evomerge.merging.fitted.base import fit
 from evomerge.merging.fitted.calibration import Calibration
+from evomerge.merging.fitted.dam import DamFit, DamSettings
 from evomerge.merging.fitted.gradient import MergeLoss
 from evomerge.merging.merge import Merge
 from evomerge.merging.recipe import ModelRef, Recipe, Source
@@ -159,6 +162,29 @@ def test_chained_to_genes_it_is_the_slope_of_the_loss(folders, opened, name):
         slope = (descent.value(decoded(up)) - descent.value(decoded(down))) / 4e-3
         assert float(chained @ way) == pytest.approx(slope, rel=0.02, abs=1e-4)
     assert abs(chained).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["dam", "adamerging"])
+def test_what_a_fit_has_learned_is_scaled_downhill(folders, opened, method, tmp_path):
+    fits = {
+        "dam": (DamFit(), DamSettings(steps=2, anchor="base", learning_rate=0.1)),
+        "adamerging": (AdaMergingFit(), AdaMergingSettings(steps=2, lr=0.1)),
+    }
+    fit(fits[method][0], small_problems.problem(folders), fits[method][1], tmp_path / "fitted")
+
+    def scaled(a, b):
+        sources = (Source(n, ModelRef(folders[n]), {"scale": s}) for n, s in (("a", a), ("b", b)))
+        artifact = ModelRef(str(tmp_path / "fitted"))
+        return Recipe(method, ModelRef(folders["base"]), tuple(sources), artifact=artifact)
+
+    loss = MergeLoss(scaled(1, 1), opened, data())
+    _, found = loss.gradient(scaled(0.7, 1.2))
+    step = 0.02
+    for source, (a, b) in {"a": (step, 0), "b": (0, step)}.items():
+        up, down = loss.value(scaled(0.7 + a, 1.2 + b)), loss.value(scaled(0.7 - a, 1.2 - b))
+        slope = (up - down) / (2 * step)
+        assert sum(found[source].values()) == pytest.approx(slope, rel=0.02, abs=1e-5)
+        assert abs(slope) > 1e-4
 
 
 def test_what_is_not_linear_is_refused(folders, opened):
