@@ -41,10 +41,13 @@ SUM = (0.25, 0.15, 0.2, 0.3, 0.35, 0.4, 0.5)
 SHORT_SUM = (0.25, 0.2, 0.3, 0.4)
 # of a mean of what agrees
 MEAN = (1.0, 0.7, 1.2, 1.5)
-# of data whose every source sees 150 examples: some 75 steps, each with a batch of every source
-_DAM = {"teacher": "cached", "batch_size": 8, "epochs": 4, "learning_rate": 1e-2}
-_ANSWERS = {**_DAM, "tokens": "answer", "optimizer": "adamw"}
-_ALL_KINDS = ["linears", "embeddings", "norms", "biases"]
+# as the released code has it, but for its φ
+_DAM_RELEASED = {"tokens": "all", "batch_size": 1, "epochs": 1, "learning_rate": 1e-3}
+_DAM_AROUND_BASE = {
+    "teacher": "cached",
+    "anchor": "base",
+    "train": ["linears", "embeddings", "norms", "biases"],
+}
 
 GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
     {
@@ -87,7 +90,13 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
         "regmean": (Grid({"off_diagonal": (0.9, 0.0, 0.5, 0.8, 0.95, 1.0)}),),
         "mats": (Grid({"iterations": (50, 3, 10), "init": ("average", "task_arithmetic")}),),
         "sens_merging": (
-            Grid({"temperature": (1.0, 0.03, 0.1), "lambda": SHORT_SUM}),
+            Grid(
+                {
+                    "alignment": ("distance", "similarity"),
+                    "temperature": (1.0, 0.1),
+                    "lambda": SHORT_SUM,
+                },
+            ),
             Grid(
                 {
                     "base_method": ("ties",),
@@ -112,7 +121,6 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
                 {"scale": (1.0, 0.8)},
                 fits=(
                     {},
-                    {"lr": 1e-2, "steps": 100},
                     {"granularity": "task", "lr": 1e-2, "steps": 100},
                 ),
                 label="entropy",
@@ -122,17 +130,17 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
                 fits=({"plus_plus": True, "lr": 1e-2, "steps": 100},),
                 label="entropy, ++",
             ),
-            Grid(fits=({"loss": "kl", "lr": 1e-2, "steps": 100},), label="KL"),
+            Grid(fits=({"loss": "kl", "lr": 5e-3, "steps": 100},), label="KL"),
         ),
         "dam": (
-            Grid(label="as released"),
+            Grid(label="defaults"),
+            Grid(fits=(_DAM_RELEASED,), label="as released"),
             Grid(
                 {"detail": (1.0, 0.5)},
                 fits=(
-                    _DAM,
-                    _ANSWERS,
-                    {**_ANSWERS, "anchor": "base", "train": _ALL_KINDS},
-                    {**_ANSWERS, "anchor": "base", "train": _ALL_KINDS, "granularity": "tensor"},
+                    {**_DAM_AROUND_BASE, "epochs": 12},
+                    {**_DAM_AROUND_BASE, "optimizer": "adamw"},
+                    {**_DAM_AROUND_BASE, "granularity": "tensor"},
                 ),
                 label="tuned",
             ),
