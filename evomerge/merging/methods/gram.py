@@ -101,13 +101,15 @@ def by_inputs(tensor: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def average(blocks: Blocks, coefficients: Coefficients) -> Tensor:
-    """Σᵢ wᵢ·Wᵢ / Σᵢ wᵢ in the tensor's stored shape."""
+    """Σᵢ wᵢ·Wᵢ / Σᵢ wᵢ in the stored shape; exactly W where all sources have the same W."""
+    first, *others = active(coefficients)
     weights = shares(coefficients.floats("weight"), normalize=True)
 
     def row(block: Block) -> Tensor:
-        total = torch.zeros(block.sources.shape[1], dtype=torch.float64)
-        for index in active(coefficients):
-            total += block.sources[index].double() * weights[index]
+        origin = block.sources[first].double()
+        total = origin.clone()
+        for index in others:
+            total += (block.sources[index].double() - origin) * weights[index]
         return total
 
     return gathered(blocks, coefficients, row)

@@ -15,6 +15,7 @@ from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMeth
 from evomerge.merging.methods.gram import (
     WEIGHT,
     System,
+    average,
     by_inputs,
     is_layer,
     off_diagonal,
@@ -107,7 +108,7 @@ class MaTS(MergeMethod):
         def row(block: Block) -> Tensor:
             return method.merge(block, known, None)
 
-        start = gathered(blocks, coefficients, row)
+        start = average(blocks, coefficients) if averaged else gathered(blocks, coefficients, row)
         solved = mats(system(start, blocks, coefficients), iterations=iterations)
         return by_inputs(solved, coefficients).float().flatten()
 
