@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 import evomerge
@@ -120,6 +122,15 @@ def _purpose(merge: Merge, shards: Mapping[str, list[Entry]]) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
+class Outline(Protocol):
+    """What a model's tensors are called, and how large they are."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+
+
 class _Writer:
     """Writes the weight files that are not there yet, and their index."""
 
@@ -136,7 +147,6 @@ class _Writer:
         self._progress = progress or (lambda done, total: None)
         self._done = 0
         written = sum(entry.nbytes for entries in shards.values() for entry in entries)
-        self._written = written
         self._total = written + sum(map(inspection.nbytes, merge.names))
 
     def write(self) -> None:
@@ -149,13 +159,7 @@ class _Writer:
                     self._write_file(file_name, entries)
         except CandidateError as error:
             raise MergeError(str(error)) from error
-        if len(self._shards) > 1:
-            weight_map = {e.name: name for name, es in self._shards.items() for e in es}
-            index = {
-                "metadata": {"total_size": self._written},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            _write_text(self._aside.folder / INDEX, json.dumps(index, indent=2))
+        write_index(self._aside.folder, self._shards)
 
     def _write_file(self, file_name: str, entries: list[Entry]) -> None:
         names = [entry.name for entry in entries]
@@ -180,7 +184,7 @@ class _Writer:
         self._progress(self._done, self._total)
 
 
-def cut(merge: Merge, shard_bytes: int) -> dict[str, list[Entry]]:
+def cut(merge: Outline, shard_bytes: int) -> dict[str, list[Entry]]:
     """The tensors of every weight file, by file name; a file holds up to `shard_bytes`."""
     groups: list[list[Entry]] = [[]]
     room = shard_bytes
@@ -199,13 +203,25 @@ def cut(merge: Merge, shard_bytes: int) -> dict[str, list[Entry]]:
     }
 
 
+def write_index(folder: Path, shards: Mapping[str, list[Entry]]) -> None:
+    """Say which weight file holds each tensor; one file alone needs no index."""
+    if len(shards) == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(e.nbytes for es in shards.values() for e in es)},
+        "weight_map": dict(sorted((e.name, name) for name, es in shards.items() for e in es)),
+    }
+    _write_text(folder / INDEX, json.dumps(index, indent=2))
+
+
 def _needed_bytes(shards: Mapping[str, list[Entry]], donor: Model) -> int:
     weights = sum(len(header(shard)) + sum(e.nbytes for e in shard) for shard in shards.values())
-    tokenizer = sum(path.stat().st_size for path in _companions(donor))
+    tokenizer = sum(path.stat().st_size for path in companions(donor))
     return weights + tokenizer + _COMPANION_BYTES
 
 
-def _companions(donor: Model) -> list[Path]:
+def companions(donor: Model) -> list[Path]:
+    """The small files of a model that any copy of it has: tokenizer and generation config."""
     return [path for name in _FROM_DONOR if (path := donor.companion(name)).is_file()]
 
 
@@ -224,7 +240,7 @@ def _write_companions(merge: Merge, recipe: Recipe, folder: Path) -> None:
 
 def _write_tokenizer(merge: Merge, folder: Path) -> list[Path]:
     """Tokenizer, generation config and chat template; returns the paths written."""
-    written = [shutil.copyfile(path, folder / path.name) for path in _companions(merge.donor)]
+    written = [shutil.copyfile(path, folder / path.name) for path in companions(merge.donor)]
     vocabulary, members = merge.vocabulary, merge.members
     if vocabulary is not None:
         for path in written:

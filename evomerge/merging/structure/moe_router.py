@@ -1,0 +1,89 @@
+"""One router row for each group of experts, in place of one for each expert.
+
+The routing of the merged model is then no longer the same function: this is what a small, plain
+checkpoint costs. Knows no checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from evomerge.checkpoints.weights import Weights
+from evomerge.merging.fitted.calibration import Example
+from evomerge.merging.fitted.network import Network
+from evomerge.merging.structure.moe_grouping import Groups
+from evomerge.merging.structure.moe_layers import ExpertLayer
+from evomerge.merging.structure.moe_statistics import watch_routing
+
+RIDGE = 1e-2
+"""Of the least squares, as a share of the mean of the diagonal."""
+
+
+def collapsed(weight: Tensor, groups: Groups, how: Literal["dominant", "mean"]) -> Tensor:
+    """A router [K, d] float32 of a router [E, d]: of each group the leader's row, or the mean."""
+    rows = weight.float()
+    if how == "mean":
+        return torch.stack([rows[list(members)].mean(0) for members in groups.members])
+    return rows[[groups.leaders[members[0]] for members in groups.members]]
+
+
+class LogSumExpFit:
+    """Rows whose logits are nearest, in squares, to the total mass of each group.
+
+        yₖ = log Σ over group k of exp(x·wᵢ)
+        W  = argmin Σ ‖xW'ᵀ − y‖² + λ‖W' − W₀‖²,   λ = ridge·mean(diag XᵀX)
+
+    W₀ are the mean rows. Shapes: x [n, d], w [E, d], W [K, d]. Sums and the solution in float64.
+    Ours: the published methods keep all E rows.
+    """
+
+    def __init__(self, weight: Tensor, groups: Groups) -> None:
+        self._weight, self._groups = weight.float(), groups
+        width, count = weight.shape[1], len(groups.members)
+        self._inputs = torch.zeros(width, width, dtype=torch.float64)
+        self._targets = torch.zeros(width, count, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in the inputs [n, d] of the router."""
+        rows = rows.double().cpu()
+        logits = functional.linear(rows, self._weight.double())
+        masses = [logits[:, list(m)].logsumexp(1) for m in self._groups.members]
+        self._inputs += rows.T @ rows
+        self._targets += rows.T @ torch.stack(masses, 1)
+
+    def solve(self, ridge: float = RIDGE) -> Tensor:
+        """The router [K, d] float32."""
+        start = collapsed(self._weight, self._groups, "mean").double()
+        damping = ridge * self._inputs.diagonal().mean().clamp(min=1e-12)
+        left = self._inputs + damping * torch.eye(len(self._inputs), dtype=torch.float64)
+        return torch.linalg.solve(left, self._targets + damping * start.T).T.float()
+
+
+def collapsed_routers(
+    network: Network,
+    model: Weights,
+    layers: Sequence[ExpertLayer],
+    groups: Sequence[Groups],
+    how: Literal["dominant", "mean", "logsumexp"],
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[Tensor]:
+    """A router [K, d] for every layer; `logsumexp` runs the examples through the network again."""
+    weights = [model.tensor(layer.router[0]) for layer in layers]
+    if how != "logsumexp":
+        return [collapsed(w, g, how) for w, g in zip(weights, groups, strict=True)]
+    fits = [LogSumExpFit(w, g) for w, g in zip(weights, groups, strict=True)]
+
+    def take(at: int, rows: Tensor, chosen: Tensor, gates: Tensor, module: nn.Module) -> None:
+        fits[at].add(rows)
+
+    with torch.no_grad():
+        watch_routing(network, layers, examples, take, batch_size=batch_size, progress=progress)
+    return [fit.solve() for fit in fits]

@@ -1,0 +1,79 @@
+"""What a user may say about the merging of experts.
+
+    experts:
+      keep: 4                     # per layer on average, or a list of one count for each layer
+      method: m_smoe              # m_smoe, hc_smoe, prune
+      similarity: router_logits
+      alignment: first            # first (as published), dominant, none
+      form: replicated            # replicated, remapped, collapsed
+
+Data only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Similarity = Literal[
+    "router_logits", "router_weights", "expert_weights", "features", "outputs", "random"
+]
+
+
+class ExpertSettings(BaseModel):
+    """How experts are grouped and merged, and in what form the result is written.
+
+    `keep` is the average for each merged layer (`allocation: adaptive`, the published rule), the
+    number in each (`uniform`), or a list with a number for every layer that has experts. `m_smoe`
+    groups experts around the most used ones, `hc_smoe` by hierarchical clustering, `prune` groups
+    as m_smoe does and keeps the most used expert of each group as it is. `exponent` is γ of the
+    weights aᵢ = usageᵢ^γ: 0 weighs all alike. `skip` names layers, counted among those with
+    experts, that are left as they are. `router` is for the collapsed form.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keep: int | tuple[int, ...]
+    method: Literal["m_smoe", "hc_smoe", "prune"] = "m_smoe"
+    similarity: Similarity | None = None
+    allocation: Literal["adaptive", "uniform"] | None = None
+    usage: Literal["count", "gate_mass"] = "count"
+    exponent: float = Field(default=1.0, ge=0.0)
+    alignment: Literal["first", "dominant", "none"] | None = None
+    skip: tuple[int, ...] = ()
+    form: Literal["replicated", "remapped", "collapsed"] = "replicated"
+    router: Literal["dominant", "mean", "logsumexp"] = "dominant"
+    batch_size: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExpertSettings:
+        counts = (self.keep,) if isinstance(self.keep, int) else self.keep
+        if not counts or min(counts) < 1:
+            raise ValueError("keep: a layer keeps at least one expert")
+        if self.skip and not isinstance(self.keep, int):
+            raise ValueError("skip: leave it out where keep lists a count for every layer")
+        if self.form == "collapsed" and (self.skip or len(set(counts)) > 1):
+            raise ValueError(
+                "form: collapsed: needs the same number of experts in every layer; take remapped"
+            )
+        if self.form == "collapsed" and self.allocation == "adaptive":
+            raise ValueError("allocation: adaptive: the collapsed form needs uniform")
+        return self
+
+    @property
+    def compared_by(self) -> Similarity:
+        """What experts are compared by: the published base of the method unless one is given."""
+        return self.similarity or ("outputs" if self.method == "hc_smoe" else "router_logits")
+
+    @property
+    def aligned_to(self) -> Literal["first", "dominant", "none"]:
+        """Whose order of neurons experts take: as published unless one is given."""
+        return self.alignment or ("first" if self.method == "m_smoe" else "none")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether layers keep different numbers of experts, by their usage."""
+        if self.allocation is not None or not isinstance(self.keep, int):
+            return self.allocation == "adaptive" and isinstance(self.keep, int)
+        return self.method != "hc_smoe" and self.form != "collapsed"
