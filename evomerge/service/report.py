@@ -109,7 +109,8 @@ class Report:
     `leader` is the best on the search items alone, which is no winner. `finished` is whether the
     winner is final. `notes` say in sentences what failed and what is still to come. `references`
     are the best baseline of each kind on the search items, by title. `refinements` say what
-    gradient steps bought (see `refinement.gains`).
+    gradient steps bought (see `refinement.gains`), `start` which artifact the search started from,
+    what it cost and how near the space came to it.
     """
 
     study: str
@@ -131,6 +132,7 @@ class Report:
     restarts: tuple[Restart, ...]
     refused: Mapping[Refusal, int]
     refinements: tuple[Mapping[str, Any], ...] = ()
+    start: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One JSON document; its keys are stable."""
@@ -147,6 +149,7 @@ class Report:
             "cost": self.cost.to_json(),
             "restarts": [asdict(restart) for restart in self.restarts],
             "refused": dict(self.refused),
+            "start": self.start and dict(self.start),
             "refinements": [dict(gained) for gained in self.refinements],
             "verdict": self.verdict,
             "finished": self.finished,
@@ -198,14 +201,33 @@ def _report(record: StudyRecord, survey: Survey, refused: Mapping[Refusal, int])
         front=tuple(_candidate(t, weights) for t in ranked) if pareto else (),
         cost=survey.costs.total(),
         finished=not progress,
-        notes=(*_failures(survey), *map(gains_text, refinements), *progress),
+        notes=(
+            *_failures(survey),
+            *_start(record, survey.history),
+            *map(gains_text, refinements),
+            *progress,
+        ),
         verdict=_overall(champion, outcomes, survey.searched, finished=not progress),
         history=survey.history,
         references=_references(trials, weights),
         restarts=tuple(restarts_of(record)),
         refused=refused,
         refinements=refinements,
+        start=record.inspection.get("start"),
     )
+
+
+def _start(record: StudyRecord, history: History) -> list[str]:
+    """What is to be said of a search that started from an artifact."""
+    start = record.inspection.get("start")
+    first = next((dot for dot in history.dots() if dot.x == 1 and dot.score is not None), None)
+    if start is None or first is None:
+        return []
+    return [
+        f"The search started from what {start['kind']} had learned in"
+        f" {start['cost']['seconds']:.1f} s, as near as the space comes to it (distance"
+        f" {start['distance']:.2f}): {first.score:.3f} on the search items."
+    ]
 
 
 def _refinements(record: StudyRecord, trials: Sequence[Trial]) -> tuple[dict[str, Any], ...]:

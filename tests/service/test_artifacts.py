@@ -20,6 +20,7 @@ from evomerge.merging.fitted.artifact import DOCUMENT, Provenance, draft, open_a
 from evomerge.merging.recipe import ModelRef, Recipe
 from evomerge.scoring.splits import part_of
 from evomerge.scoring.tasks import load_tasks
+from evomerge.service.report import stored_report
 from evomerge.service.study import Models, open_study
 from evomerge.service.worker import Worker
 from evomerge.space import load_space
@@ -212,6 +213,9 @@ def test_a_search_goes_first_to_what_an_artifact_has_learned(tiny_zoo, digests, 
     assert 0 < max(spread) < 4 * 0.1667  # the others are drawn around it
 
     run_synthetic(starting(tiny_zoo, start, 20, schedule=schedule), whole, Inspecting())
+    report = stored_report(whole.study("s"), whole)
+    assert report.to_json()["start"]["kind"] == "adamerging"
+    assert any("started from what adamerging had learned in" in note for note in report.notes)
     shutil.rmtree(start)  # what the study needs of it is written into the study
     run_synthetic(starting(tiny_zoo, start, 20, schedule=schedule), cut, Inspecting())
     assert cut.study("s").inspection["start"] == pinned
