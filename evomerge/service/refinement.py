@@ -2,7 +2,7 @@
 
 A refinement is written into the study first, and its trial is made from that record: so it is made
 once, whatever is killed between. It is scored as any trial is and may win; the sampler is not told.
-`descend` and `refine_elite` need torch and scipy, the rest does not. Knows nothing of terminals.
+Only `descend` needs scipy, and nothing here torch. Knows nothing of terminals.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class MergeLoss:
     rounded. Besides the network holds one gradient of all weights, and for `sources` what each
     predicts: 4 bytes for each counted token and word of the vocabulary.
 
-    Source: the identity is spec'd for DAM (arXiv:2410.08371) and holds for every linear merge.
+    Source: that of DAM's coefficients (arXiv:2410.08371), which holds for every linear merge.
     """
 
     def __init__(
