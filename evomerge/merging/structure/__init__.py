@@ -1,0 +1,1 @@
+"""Merging that changes or rearranges structure: permuted units, widened layers, fewer experts."""

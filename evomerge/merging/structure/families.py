@@ -1,0 +1,110 @@
+"""The permutation specification of a network, from its config and the shapes of its tensors.
+
+One entry for each family: a new architecture is a new function here, which yields its groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.errors import MergeError
+from evomerge.merging.structure import convnets, decoders, encoders
+from evomerge.merging.structure.permutation import Group, Spec
+from evomerge.merging.structure.units import Shapes
+
+Groups = Callable[[Mapping[str, Any], Shapes], Iterator[Group]]
+
+# What no group moves: outputs, norms of a head's channels under rotary positions, old buffers.
+_UNMOVED = re.compile(
+    r"self_attn\.[qk]_norm\.weight$|num_batches_tracked$|position_ids$|inv_freq$|\.attn\.(masked_)?bias$"
+    r"|^(classifier|classifier\.1|fc|lm_head|cls\.predictions(\.decoder)?|cls\.seq_relationship"
+    r"|score|.*pooler\.dense)\.bias$"
+)
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+}
+_MIXTURE = _LLAMA | {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6,
+    "shared_expert_intermediate_size": 10,
+}
+_ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the groups of a family are found. `tiny` are settings that make a config of it small
+    enough to try every bind in a second, and leave all that changes its structure."""
+
+    groups: Groups
+    tiny: Mapping[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"),
+        Family(decoders.decoder, _LLAMA),
+    ),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), Family(decoders.decoder, _MIXTURE)),
+    "gpt2": Family(
+        decoders.gpt2,
+        {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 40, "n_positions": 64,
+         "n_inner": 12},
+    ),
+    "bert": Family(encoders.bert, _ENCODER | {"vocab_size": 40, "max_position_embeddings": 64}),
+    "vit": Family(encoders.vit, _ENCODER | {"image_size": 8, "patch_size": 4}),
+    "resnet": Family(
+        convnets.resnet, {"embedding_size": 6, "hidden_sizes": [32, 48], "depths": [2, 2]}
+    ),
+}  # fmt: skip
+
+
+def family(config: Mapping[str, Any]) -> Family:
+    """The family of a config by its `model_type`. Raises MergeError, with those that are known."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise MergeError(
+            f"there is no permutation specification for model_type {kind!r}; known are"
+            f" {', '.join(sorted(FAMILIES))}. To add one, write a function that yields its groups"
+            " and enter it in evomerge.merging.structure.families.FAMILIES, or hand a Spec of your"
+            " own to evomerge.merging.structure.check.check"
+        )
+    return FAMILIES[kind]
+
+
+def spec_of(config: Mapping[str, Any], shapes: Shapes) -> Spec:
+    """The permutation groups of a network, by the stored names of its tensors.
+
+    Raises MergeError for an architecture without a specification, and for a tensor that the
+    family's specification does not account for: moving the units around it would break the network.
+    """
+    groups = list(family(config).groups(config, shapes))
+    parents = {group.parent for group in groups}  # one key-value head still has query heads inside
+    spec = Spec(tuple(g for g in groups if g.size > 1 or g.name in parents))
+    spec.check_shapes(shapes)
+    moved = {param for group in spec.groups for bind in group.binds for param in bind.params}
+    left = [n for n in shapes if n not in moved and not _UNMOVED.search(n)]
+    if left:
+        raise MergeError(
+            f"{left[0]}: the permutation specification of {config['model_type']!r} does not say how"
+            f" its units move{f' (nor those of {len(left) - 1} more)' if left[1:] else ''}"
+        )
+    return spec

@@ -1,0 +1,243 @@
+"""Which units of a network may change places without changing what it computes, as data.
+
+A group is a set of units that move together in every tensor that has them: neurons of an MLP,
+channels of the residual stream, attention heads, experts. Pure tensors by name: knows no
+architecture (those are in `families`), no checkpoint and no way to find a good permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import MergeError
+
+State = Mapping[str, Tensor]
+Permutations = Mapping[str, Tensor]
+"""Int64 [n] by the name of a group: unit u of the result is unit p[u] of what it was applied to.
+A group that is not named keeps its order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bind:
+    """Unit u of a group owns the positions index[u] of one axis of a tensor; index is int64 [n, m].
+
+    m is 1 for a channel, the head dimension for a head. `select` (axis, position) restricts the
+    bind to one slice of the tensor. `compared` is False for what moves along but says nothing of a
+    unit's likeness (running statistics), `inert` is True for what the function does not depend on.
+    """
+
+    param: str
+    axis: int
+    index: Tensor
+    select: tuple[int, int] | None = None
+    compared: bool = True
+    inert: bool = False
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The tensors that it moves units of."""
+        return (self.param,)
+
+    def units(self, state: State) -> Tensor:
+        """The group's units, one in a row [n, m·rest], in the tensor's dtype."""
+        rows = self._slice(state[self.param]).movedim(self.axis, 0)
+        return rows[self.index].flatten(1)
+
+    def permute_(self, state: dict[str, Tensor], order: Tensor) -> None:
+        """Move unit order[u] to the place of unit u, in place."""
+        part = self._slice(state[self.param])
+        moved = part.index_select(self.axis, self.index[order].flatten().to(part.device))
+        part.index_copy_(self.axis, self.index.flatten().to(part.device), moved)
+
+    def fault(self, shapes: Mapping[str, tuple[int, ...]], size: int) -> str | None:
+        """Why it does not fit tensors of these shapes and a group of `size` units, if so."""
+        if (shape := shapes.get(self.param)) is None:
+            return f"{self.param} is not there"
+        if self.axis >= len(shape):
+            return f"{self.param} {list(shape)} has no axis {self.axis}"
+        flat = self.index.flatten()
+        if self.index.shape[:1] != (size,) or len(flat.unique()) != len(flat):
+            return f"{self.param}: the index {list(self.index.shape)} is not one place for each" \
+                   f" of {size} units"  # fmt: skip
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < shape[self.axis]:
+            return f"{self.param} {list(shape)}: axis {self.axis} has no place {int(flat.max())}"
+        return None
+
+    def _slice(self, tensor: Tensor) -> Tensor:
+        return tensor if self.select is None else tensor.narrow(*self.select, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """Unit u of a group is the whole tensor params[u], as checkpoints store experts."""
+
+    params: tuple[str, ...]
+    compared: bool = True
+    inert: bool = False
+
+    def units(self, state: State) -> Tensor:
+        """The group's units, one in a row [n, numel]."""
+        return torch.stack([state[name].flatten() for name in self.params])
+
+    def permute_(self, state: dict[str, Tensor], order: Tensor) -> None:
+        """Give tensor order[u] the name of tensor u."""
+        moved = [state[self.params[u]] for u in order.tolist()]
+        state.update(zip(self.params, moved, strict=True))
+
+    def fault(self, shapes: Mapping[str, tuple[int, ...]], size: int) -> str | None:
+        """As that of Bind."""
+        if missing := [name for name in self.params if name not in shapes]:
+            return f"{missing[0]} is not there"
+        if len(self.params) != size or len({shapes[name] for name in self.params}) > 1:
+            return f"{self.params[0]} and the others are not {size} tensors of one shape"
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """`size` units that move together in all `binds`.
+
+    `role` is what its units are (`mlp`, `kv`, ...). A group may lie inside one unit of another, its
+    `parent`: the query heads of key-value head `unit`. It then belongs to the place and not to what
+    lies there: the parent is permuted first.
+    """
+
+    name: str
+    role: str
+    size: int
+    binds: tuple[Bind | Stacked, ...]
+    parent: str | None = None
+    unit: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """All groups of one network, a parent before the groups inside it.
+
+    A group inside a unit must have its like, of the same role and size, in every other unit of the
+    parent; a parent has no parent itself. Raises MergeError where that does not hold.
+    """
+
+    groups: tuple[Group, ...]
+
+    def __post_init__(self) -> None:
+        seen: dict[str, Group] = {}
+        for group in self.groups:
+            parent = seen.get(group.parent) if group.parent is not None else None
+            if group.name in seen or (group.parent is not None and parent is None):
+                raise MergeError(f"group {group.name}: named twice, or before its parent")
+            if parent is not None and parent.parent is not None:
+                raise MergeError(f"group {group.name}: its parent {parent.name} is inside another")
+            seen[group.name] = group
+        for group in self.groups:
+            units = range(seen[group.parent].size) if group.parent else ()
+            if any(self._place(group, u) not in self._by_place for u in units):
+                raise MergeError(f"group {group.name}: other units of {group.parent} have no like")
+
+    def __getitem__(self, name: str) -> Group:
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def _by_place(self) -> dict[tuple[str, str, int, int], Group]:
+        return {self._place(g, g.unit): g for g in self.groups if g.parent is not None}
+
+    def _place(self, group: Group, unit: int) -> tuple[str, str, int, int]:
+        return group.parent or "", group.role, unit, group.size
+
+    def like(self, group: Group, unit: int) -> Group:
+        """The group of the same role inside another unit of its parent."""
+        return self._by_place[self._place(group, unit)]
+
+    def inside(self, group: Group, unit: int) -> Iterator[Group]:
+        """The groups inside one unit of a group."""
+        return (g for g in self._by_place.values() if g.parent == group.name and g.unit == unit)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises MergeError for the first bind that does not fit tensors of these shapes."""
+        for group in self.groups:
+            for bind in group.binds:
+                if fault := bind.fault(shapes, group.size):
+                    raise MergeError(f"permutation group {group.name}: {fault}")
+
+
+def identity(spec: Spec) -> dict[str, Tensor]:
+    """Every unit in its place."""
+    return {group.name: torch.arange(group.size) for group in spec.groups}
+
+
+def random_permutations(spec: Spec, generator: torch.Generator) -> dict[str, Tensor]:
+    """A uniformly random permutation of every group, drawn in the order of the groups."""
+    return {group.name: torch.randperm(group.size, generator=generator) for group in spec.groups}
+
+
+def apply(spec: Spec, state: State, permutations: Permutations) -> dict[str, Tensor]:
+    """The network with its units rearranged, group after group; copies only what a group moves.
+
+    Raises MergeError for a group that the spec has not, or that is not permuted but resized.
+    """
+    moved = [spec[name] for name in _known(spec, permutations)]
+    params = {param for group in moved for bind in group.binds for param in bind.params}
+    out = {name: t.clone() if name in params else t for name, t in state.items()}
+    for group in spec.groups:
+        if group.name in permutations:
+            for bind in group.binds:
+                bind.permute_(out, permutations[group.name])
+    return out
+
+
+def move(state: State, binds: Iterable[Bind | Stacked], order: Tensor) -> dict[str, Tensor]:
+    """The network with the units of these binds rearranged; the tensors of others are shared."""
+    binds = tuple(binds)
+    params = {param for bind in binds for param in bind.params}
+    out = {name: t.clone() if name in params else t for name, t in state.items()}
+    for bind in binds:
+        bind.permute_(out, order)
+    return out
+
+
+def compose(spec: Spec, first: Permutations, then: Permutations) -> dict[str, Tensor]:
+    """The permutations that do what applying `first`, and to its result `then`, does.
+
+    p[u] = first[then[u]]                  for a group of its own
+    q_u[v] = first_{r[u]}[then_u[v]]       inside unit u of a parent that `then` moves by r
+    """
+    first, then = identity(spec) | _known(spec, first), identity(spec) | _known(spec, then)
+    out = {}
+    for group in spec.groups:
+        before = group
+        if group.parent is not None:
+            before = spec.like(group, int(then[group.parent][group.unit]))
+        out[group.name] = first[before.name][then[group.name]]
+    return out
+
+
+def inverse(spec: Spec, permutations: Permutations) -> dict[str, Tensor]:
+    """The permutations that undo these: compose(p, inverse(p)) is the identity, either way."""
+    all_ = identity(spec) | _known(spec, permutations)
+    undone = {name: torch.argsort(order) for name, order in all_.items()}
+    out = {}
+    for group in spec.groups:
+        place = group
+        if group.parent is not None:
+            place = spec.like(group, int(undone[group.parent][group.unit]))
+        out[group.name] = undone[place.name]
+    return out
+
+
+def _known(spec: Spec, permutations: Permutations) -> dict[str, Tensor]:
+    sizes = {group.name: group.size for group in spec.groups}
+    for name, order in permutations.items():
+        if name not in sizes:
+            raise MergeError(f"there is no permutation group {name!r} in this architecture")
+        if not torch.equal(order.sort().values, torch.arange(sizes[name])):
+            raise MergeError(f"group {name}: not a permutation of its {sizes[name]} units")
+    return dict(permutations)

@@ -1,0 +1,116 @@
+"""A tiny network of an architecture, with random weights, on which its specification is proved.
+
+Weights are handed in by their stored names; transformers' own conversion says where they land.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.merging.conversion import Part, places
+from evomerge.merging.layout import tensor_type
+from evomerge.merging.structure.check import FLOAT64, Report, check
+from evomerge.merging.structure.families import family, spec_of
+from evomerge.merging.structure.permutation import Spec, State
+from evomerge.merging.structure.units import Shapes
+
+# Of the full size, or of the full vocabulary.
+_REMOVED = ("layer_types", "quantization_config", "pad_token_id", "bos_token_id", "eos_token_id")
+
+
+class TrialNetwork:
+    """The model of a config, cut to a tiny size; `shapes` by stored name."""
+
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype = torch.float64) -> None:
+        self.model = _model(config).to(dtype).eval()
+        self.config: dict[str, Any] = self.model.config.to_dict()
+        self.shapes = _stored_shapes(self.model)
+        live = {k: t.detach() for k, t in self.model.state_dict(keep_vars=True).items()}
+        self._live = live
+        self._parts: dict[str, tuple[Part, ...]] = places(self.model, self.shapes, live)
+
+    @property
+    def spec(self) -> Spec:
+        """Its permutation groups."""
+        return spec_of(self.config, self.shapes)
+
+    def random_state(self, seed: int = 0) -> dict[str, Tensor]:
+        """Weights that tell all units apart: matrices N(0, 1/fan-in), embeddings N(0, 1), biases
+        and means U(-0.5, 0.5), other vectors U(0.5, 1.5)."""
+        generator = torch.Generator().manual_seed(seed)
+        return {name: self._draw(name, generator) for name in self.shapes}
+
+    def _draw(self, name: str, generator: torch.Generator) -> Tensor:
+        shape = self.shapes[name]
+        dtype = self._live[self._parts[name][0].key].dtype
+        if not dtype.is_floating_point:
+            return torch.zeros(shape, dtype=dtype)
+        if len(shape) < 2:
+            centre = 0.0 if name.endswith(("bias", "running_mean")) else 1.0
+            return torch.rand(shape, generator=generator, dtype=dtype) + (centre - 0.5)
+        embeds = tensor_type(name) == "embedding"
+        spread = 1.0 if embeds else math.sqrt(shape[0] / math.prod(shape))
+        return torch.randn(shape, generator=generator, dtype=dtype) * spread
+
+    def write(self, state: State) -> None:
+        """Set the model's weights, given by their stored names."""
+        for name, parts in self._parts.items():
+            stored = state[name].contiguous().view(-1)
+            for part in parts:
+                flat = self._live[part.key].view(-1)
+                live = flat.as_strided(part.sizes, part.live_strides, part.live_start)
+                live.copy_(stored.as_strided(part.sizes, part.stored_strides, part.stored_start))
+
+    def compute(self, state: State) -> Tensor:
+        """Its logits on a few fixed random inputs."""
+        self.write(state)
+        generator = torch.Generator().manual_seed(1)
+        if self.model.main_input_name == "pixel_values":
+            size = getattr(self.model.config, "image_size", 16)
+            shape = 2, self.model.config.num_channels, size, size
+            pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
+            output: Any = self.model(pixel_values=pixels.to(self.model.dtype))
+        else:
+            words = torch.randint(1, self.model.config.vocab_size, (4, 16), generator=generator)
+            kinds = {"token_type_ids": words % 2} if self.config["model_type"] == "bert" else {}
+            output = self.model(input_ids=words, **kinds)
+        logits: Tensor = output.logits if "logits" in output else output[0]
+        return logits
+
+
+def prove(config: Mapping[str, Any]) -> Report:
+    """Check the specification of a config's architecture on a tiny network of it, in float64.
+
+    Raises MergeError where it has none, or one that is wrong for this config.
+    """
+    network = TrialNetwork(config)
+    return check(network.spec, network.random_state(), network.compute, tolerance=FLOAT64)
+
+
+def _model(config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    settings = {k: v for k, v in config.items() if k not in ("model_type", *_REMOVED)}
+    settings |= family(config).tiny | {"pad_token_id": None}
+    tiny = transformers.AutoConfig.for_model(config["model_type"], **settings)
+    architecture = next(iter(config.get("architectures") or ()), "")
+    known = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    make = getattr(known, "_from_config", None) or known.from_config
+    model = make(tiny, attn_implementation="eager")
+    if hasattr(model, "set_experts_implementation"):  # others have no float64
+        model.set_experts_implementation("eager")
+    return model
+
+
+def _stored_shapes(model: Any) -> Shapes:
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        checkpoint = Checkpoint.open(folder)
+        return {name: checkpoint.shape(name) for name in checkpoint.names}

@@ -1,0 +1,52 @@
+"""The few shapes that units take inside an axis, and the binds of whatever tensors are there.
+
+What every family's specification is written with. Knows no architecture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import MergeError
+from evomerge.merging.structure.permutation import Bind
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def blocks(units: int, width: int = 1, start: int = 0) -> Tensor:
+    """Units one after another, each `width` positions: int64 [units, width]."""
+    return torch.arange(start, start + units * width).view(units, width)
+
+
+def bound(
+    shapes: Shapes,
+    index: Tensor,
+    *places: tuple[str, int],
+    compared: bool = True,
+    inert: bool = False,
+) -> tuple[Bind, ...]:
+    """One bind for each (tensor, axis) that the network has."""
+    return tuple(
+        Bind(param, axis, index, compared=compared, inert=inert)
+        for param, axis in places
+        if param in shapes
+    )
+
+
+def prefix_of(shapes: Shapes, known: str) -> str:
+    """What stands before `known` in the names: "model.", or nothing. Raises MergeError."""
+    for name in shapes:
+        if name == known or name.endswith(f".{known}"):
+            return name.removesuffix(known)
+    raise MergeError(f"there is no {known} in this checkpoint, though its config says there is one")
+
+
+def layers(shapes: Shapes, prefix: str) -> list[str]:
+    """`prefix` with the number of each layer and a dot, in their order."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    numbers = {int(found[1]) for name in shapes if (found := pattern.match(name))}
+    return [f"{prefix}{number}." for number in sorted(numbers)]
