@@ -83,7 +83,7 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
         "learned_soup": (
             Grid(
                 {"blend": (1.0, 0.5)},
-                fits=({}, {"lr": 0.2}, {"granularity": "model"}, {"epochs": 20}),
+                fits=({}, {"lr": 0.2}, {"granularity": "model"}),
             ),
         ),
         "fisher": (Grid({"floor": (1e-6, 1e-2, 0.1, 1.0)}, fits=({}, {"labels": "data"})),),
