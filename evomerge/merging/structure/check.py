@@ -64,7 +64,7 @@ def check(
             f"permuting all groups together changes the function by {preserved:.2g}, though none"
             " does alone: two of them move the same places"
         )
-    dropped = {}
+    dropped: dict[str, float] = {}
     for group in spec.groups:
         if group.size > 1:
             dropped |= _dropped(group, trial, tolerance)
@@ -97,7 +97,7 @@ def _blame(spec: Spec, trial: _Trial, tolerance: float) -> None:
 
 
 def _dropped(group: Group, trial: _Trial, tolerance: float) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for bind in group.binds:
         rest = (other for other in group.binds if other is not bind)
         change = trial.change(move(trial.state, rest, _rolled(group)))

@@ -61,7 +61,7 @@ class Bind:
         if self.axis >= len(shape):
             return f"{self.param} {list(shape)} has no axis {self.axis}"
         flat = self.index.flatten()
-        if self.index.shape[:1] != (size,) or len(flat.unique()) != len(flat):
+        if self.index.shape[:1] != (size,) or len(set(flat.tolist())) != len(flat):
             return f"{self.param}: the index {list(self.index.shape)} is not one place for each" \
                    f" of {size} units"  # fmt: skip
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < shape[self.axis]:

@@ -98,7 +98,7 @@ def _model(config: Mapping[str, Any]) -> Any:
     import transformers
 
     settings = {k: v for k, v in config.items() if k not in ("model_type", *_REMOVED)}
-    settings |= family(config).tiny | {"pad_token_id": None}
+    settings |= {**family(config).tiny, "pad_token_id": None}
     tiny = transformers.AutoConfig.for_model(config["model_type"], **settings)
     architecture = next(iter(config.get("architectures") or ()), "")
     known = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
