@@ -45,12 +45,13 @@ def commands() -> list[str]:
 def folder(real_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(real_zoo, folder / "zoo")
-    study, recipe = blocks("yaml")
+    study, recipe, regmean = blocks("yaml")
     for old, new in SUBSTITUTIONS.items():
         assert old in study
         study = study.replace(old, new)
     (folder / "study.yaml").write_text(study)
     (folder / "recipe.yaml").write_text(recipe)
+    (folder / "regmean.yaml").write_text(regmean)
     return folder
 
 
