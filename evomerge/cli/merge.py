@@ -12,6 +12,7 @@ import typer
 from rich.filesize import decimal
 
 from evomerge.cli.bars import byte_bar
+from evomerge.cli.experts import merge_experts_of
 from evomerge.cli.fit import Device, fit_recipe
 from evomerge.cli.options import AsJson, print_json
 
@@ -53,12 +54,18 @@ def merge(
     What a recipe with `calibration` learns from data is left in OUT_DIR.artifact, or where
     --artifact says; if it is there already it is applied.
     """
+    from evomerge.calibration.experts import wants_experts
     from evomerge.calibration.request import wants_fit
     from evomerge.merging.aside import check_free
     from evomerge.merging.recipe import ModelRef
     from evomerge.merging.recipe_file import load_recipe
 
     largest = size_in_bytes(shard_size)
+    if wants_experts(recipe):
+        if plan or artifact is not None or directory is None:
+            wrong = "experts are merged with OUT_DIR, without --plan and --artifact"
+            raise typer.BadParameter(wrong, param_hint="RECIPE.yaml")
+        return merge_experts_of(recipe, directory, shard_bytes=largest, device=device)
     known = load_recipe(recipe)
     fits = wants_fit(recipe)
     if artifact is None and directory is not None and fits:

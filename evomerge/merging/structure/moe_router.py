@@ -61,11 +61,12 @@ class LogSumExpFit:
         start = collapsed(self._weight, self._groups, "mean").double()
         damping = ridge * self._inputs.diagonal().mean().clamp(min=1e-12)
         left = self._inputs + damping * torch.eye(len(self._inputs), dtype=torch.float64)
-        return torch.linalg.solve(left, self._targets + damping * start.T).T.float()
+        rows: Tensor = torch.linalg.solve(left, self._targets + damping * start.T).T
+        return rows.float()
 
 
 def collapsed_routers(
-    network: Network,
+    network: Network | None,
     model: Weights,
     layers: Sequence[ExpertLayer],
     groups: Sequence[Groups],
@@ -75,10 +76,12 @@ def collapsed_routers(
     batch_size: int,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Tensor]:
-    """A router [K, d] for every layer; `logsumexp` runs the examples through the network again."""
+    """A router [K, d] for every layer; `logsumexp` alone needs the network, and runs the
+    examples through it again."""
     weights = [model.tensor(layer.router[0]) for layer in layers]
     if how != "logsumexp":
         return [collapsed(w, g, how) for w, g in zip(weights, groups, strict=True)]
+    assert network is not None
     fits = [LogSumExpFit(w, g) for w, g in zip(weights, groups, strict=True)]
 
     def take(at: int, rows: Tensor, chosen: Tensor, gates: Tensor, module: nn.Module) -> None:

@@ -188,5 +188,11 @@ def _empty(experts: int, width: int, outputs: bool, device: torch.device) -> Lay
 
 def _on_cpu(found: LayerStatistics) -> LayerStatistics:
     made = found.outputs.cpu() if found.outputs is not None else None
-    tensors = (found.counts, found.gate_mass, found.logits, found.features)
-    return LayerStatistics(*(t.cpu() for t in tensors), made, found.tokens)
+    return LayerStatistics(
+        found.counts.cpu(),
+        found.gate_mass.cpu(),
+        found.logits.cpu(),
+        found.features.cpu(),
+        made,
+        found.tokens,
+    )

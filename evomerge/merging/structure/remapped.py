@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ def load_remapped(
     path: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any
 ) -> nn.Module:
     """A causal language model in evaluation mode, from a folder that the remapped form was written
-    to. It computes what the replicated form does, from fewer weights.
+    to. It computes what the replicated form does, from fewer weights: bit for bit where each token
+    is multiplied alone (`experts_implementation="batched_mm"`) and weights are aligned alike in
+    memory, else but for the rounding of matrix products, which now run over more rows at once.
 
     `options` are those of transformers' `from_pretrained`. Code that comes with a checkpoint is
     never run. Raises CheckpointError for a folder of another form, or without some of its tensors.
@@ -64,7 +66,6 @@ def _config(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
 
 
-@lru_cache(maxsize=16)
 def _remapped_class(config_type: type) -> Any:
     """transformers' own class for a config, whose experts are as many as the checkpoint holds."""
     from transformers import AutoModelForCausalLM

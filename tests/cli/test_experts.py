@@ -1,0 +1,74 @@
+"""`evomerge merge` on a recipe that merges the experts of one model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_experts
+from transformers import AutoModelForCausalLM
+
+from evomerge.cli.main import main
+from evomerge.merging.structure.remapped import load_remapped
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(str(left.value.code)), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    small_experts.folder("mixtral", tmp_path / "model")
+    (tmp_path / "book.txt").write_text(" ".join(f"w{i * 7 % 45}" for i in range(200)))
+
+    def write(experts: dict[str, Any], **more: Any) -> Path:
+        document = {
+            "model": "model",
+            "experts": experts,
+            "calibration": {"text": "book.txt", "tokens": 8, "count": 6},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(document | more))
+        return path
+
+    return write
+
+
+def test_a_recipe_becomes_a_model(call: Any, recipe: Any, tmp_path: Path) -> None:
+    path = recipe({"keep": 2, "allocation": "uniform", "alignment": "dominant"})
+    code, said = call("merge", path, tmp_path / "out")
+    assert code == 0, said
+    assert "experts kept in each layer: 2, 2" in said
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_local_experts == 4
+    assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_a_small_one_too(call: Any, recipe: Any, tmp_path: Path) -> None:
+    code, said = call("merge", recipe({"keep": [1, 3], "form": "remapped"}), tmp_path / "out")
+    assert code == 0, said
+    sizes = {len(p) for p in load_remapped(tmp_path / "out").parameters() if p.ndim == 3}
+    assert sizes == {1, 3}
+
+
+def test_every_fault_is_told_at_once(call: Any, recipe: Any, tmp_path: Path) -> None:
+    path = recipe({"keep": 2, "form": "smaller", "grouping": "none"}, seeds=1, calibration={})
+    code, said = call("merge", path, tmp_path / "out")
+    assert code == 2
+    for words in ("experts.form", "grouping", "seeds: unknown", "calibration: give one"):
+        assert words in said
+    code, said = call("merge", recipe({"keep": 9}), tmp_path / "out")
+    assert code == 2
+    assert "9 in expert layer 0, expected 1 to 4" in said
+    code, said = call("merge", recipe({"keep": 2}), tmp_path / "out", "--plan")
+    assert code == 2
+    assert "without --plan" in said
