@@ -4,7 +4,8 @@
 
 Four ways to spend one machine, on the items that a search may see:
 
-    evolution     CMA-ES from the space's start
+    evolution     CMA-ES from the space's start, with half as many trials again: as much time as
+                  the others spend on candidates and gradients
     from DAM, from AdaMerging
                   the same from the genome nearest to what a fit has learned (`sampler.start`)
     refined       evolution for two thirds of the trials, then gradient steps from its best
@@ -111,13 +112,14 @@ def one_zoo(zoo: Path, trials: int) -> dict[str, Any]:
     store, executor = MemoryStore(), InThisProcess()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        arms = [evolution(zoo, trials, store, executor)]
+        longer = 3 * trials // 2
+        arms = [evolution(zoo, longer, store, executor)]
         for kind, settings in FITS.items():
             arms.append(started(zoo, trials, store, executor, kind, settings, folder))
         arms.append(refined(zoo, trials, store, executor, folder))
     candidate_s = fmean(executor.search_seconds)
     baselines = store.trials("evolution")
-    whole_s = trials * candidate_s
+    whole_s = longer * candidate_s
     arithmetic = [t.values[0] for t in baselines if t.kind == "task_arithmetic" and t.values]
     return {
         "zoo": str(zoo),
