@@ -117,5 +117,6 @@ def _best(trials: Sequence[Trial], weights: Mapping[str, float]) -> Trial | None
 def _entry(trial: Trial | None, label: str | None, weights: Mapping[str, float]) -> Entry | None:
     if trial is None:
         return None
-    tasks = {name: score.value for name, score in trial.scores["search"].tasks.items()}
+    found = trial.scores["search"].tasks  # a store keeps them in an order of its own
+    tasks = {name: found[name].value for name in weights}
     return Entry(label or f"trial {trial.number}", _mean(trial, weights), tasks)

@@ -41,6 +41,15 @@ def study(**changes: Any) -> StudySpec:
     return synthetic_spec(**{"sampler": sampler, "budget": budget, **changes})
 
 
+def test_progress_names_tasks_in_the_specs_order(store: StudyStore) -> None:
+    spec = study(objective={"tasks": ["sort", "add"]}, budget={"trials": 8, "finalists": 2})
+    run(spec, store)
+    survey = Survey.read(store.study(spec.name), store, whole=False)
+    best = standing(spec, survey.kept, counts=survey.counts).best
+    assert best is not None
+    assert list(best.tasks) == ["sort", "add"]
+
+
 def run(spec: StudySpec, store: StudyStore, **options: Any) -> None:
     """Every seventh recipe fails, some of them otherwise than the rest."""
 
