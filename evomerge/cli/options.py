@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 DEFAULT_STORE = "sqlite:///evomerge.db"
+_JSON_WIDTH = 88
 
 Store = Annotated[
     str,
@@ -34,7 +35,24 @@ def without_password(url: str) -> str:
 
 def print_json(document: Any) -> None:
     """One JSON document on standard output."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    typer.echo(json_text(document))
+
+
+def json_text(document: Any, indent: str = "") -> str:
+    """JSON indented for people: a list of numbers is one line, and so is all that fits into one."""
+    line = json.dumps(document, ensure_ascii=False)
+    if len(indent) + len(line) <= _JSON_WIDTH or not isinstance(document, dict | list | tuple):
+        return line
+    inner = indent + "  "
+    if isinstance(document, dict):
+        entries = [f"{json.dumps(k)}: {json_text(v, inner)}" for k, v in document.items()]
+        opened, closed = "{}"
+    elif any(isinstance(entry, dict | list | tuple) for entry in document):
+        entries, (opened, closed) = [json_text(entry, inner) for entry in document], "[]"
+    else:
+        return line
+    body = ",\n".join(inner + entry for entry in entries)
+    return f"{opened}\n{body}\n{indent}{closed}"
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

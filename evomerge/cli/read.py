@@ -114,14 +114,14 @@ def best(
         document = {**candidate.to_full_json(), "recipe": recipe.to_json()}
         print_json({**document, "final": found.finished})
         return
+    print_json(recipe.to_json())  # first: it is long, and what scrolls away is read least
     rank = _rank(found)
     typer.echo(f"trial {candidate.trial.number} ({rank})\nrecipe {candidate.trial.recipe_digest}")
     scores = candidate.trial.scores
     for part in sorted(scores, key=PARTS.index):
-        tasks = scores[part].tasks.items()
-        values = ", ".join(f"{name} {task.value:.4f}" for name, task in tasks)
+        tasks = scores[part].tasks
+        values = ", ".join(f"{name} {tasks[name].value:.4f}" for name in _weights(record))
         typer.echo(f"{part}: {values}")
-    print_json(recipe.to_json())
 
 
 def report(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from service import fake_study as fake
 
 from evomerge.store.base import Controller, StudyRecord, StudyStore
 from evomerge.trial import Attempt, NewTrial, State, Trial
 
 
-def store_study(store: StudyStore, *, name: str = "zoo-ties", trials: int = 6) -> StudyRecord:
+def store_study(
+    store: StudyStore,
+    *,
+    name: str = "zoo-ties",
+    trials: int = 6,
+    tasks: Sequence[str] = ("add", "reverse", "sort"),
+) -> StudyRecord:
     """Record a study of that name, every third trial failed, through the store's own protocol."""
-    study = fake.record(name=name, trials=trials)
+    study = fake.record(tasks, name=name, trials=trials)
     rows = fake.finished(study, fail_every=3)
     until = fake.START.replace(year=2036)
     store.create_study(study)

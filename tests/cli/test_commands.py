@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from stored import store_study
 import evomerge
 from evomerge.cli.main import app
 from evomerge.cli.main import main as command_line
+from evomerge.cli.options import json_text
 from evomerge.cli.read import score_json
 from evomerge.cli.running import resume_command
 from evomerge.sampling import Restart
@@ -249,6 +251,32 @@ def test_best_names_the_trial_that_the_report_calls_the_winner(call: Any) -> Non
     text = call("best", "zoo-ties")[1]
     assert f"trial {best['number']} (winner)" in text
     assert text.index("search:") < text.index("selection:") < text.index("report:")
+
+
+def test_best_ends_with_the_scores_in_the_specs_order_and_has_no_number_to_a_line(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = SqlStore(f"sqlite:///{tmp_path / 'ordered.db'}")
+    store_study(store, tasks=("sort", "add"))
+    monkeypatch.setenv("EVOMERGE_STORE", store.engine.url.render_as_string())
+    lines = call("best", "zoo-ties")[1].splitlines()
+    assert re.fullmatch(r"trial \d+ \(winner\)", lines[-5])
+    assert [line.split(":")[0] for line in lines[-3:]] == ["search", "selection", "report"]
+    assert all(re.search(r": sort [0-9.]+, add [0-9.]+$", line) for line in lines[-3:])
+    assert not [line for line in lines if re.fullmatch(r" *[-0-9.e]+,?", line)]
+    recipe = json.loads("\n".join(lines[:-5]))
+    assert recipe == json.loads(call("best", "zoo-ties", "--json")[1])["recipe"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [{}, [], 1.5, "é", {"a": list(range(99)), "b": [{"c": "x" * 90}, [[1] * 50]], "d": ()}],
+    ids=str,
+)
+def test_json_for_people_is_the_same_json(document: Any) -> None:
+    text = json_text(document)
+    assert json.loads(text) == json.loads(json.dumps(document))
+    assert "é" in text or "é" not in str(document)
 
 
 def test_best_names_models_where_they_lay_when_the_study_was_last_opened(
