@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 import evomerge
+from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.weights import Model
 from evomerge.checkpoints.writer import Entry, write_file
 from evomerge.errors import MergeError, NonFiniteTensor
@@ -104,7 +105,7 @@ def _planned(
     collapses = settings.form == "collapsed"
     network = None
     if not known or (collapses and settings.router == "logsumexp"):
-        network = Network(model, device=problem.device)
+        network = _network(model, problem.device)
     if known:
         plans = _read_plans(path)
     else:
@@ -125,6 +126,15 @@ def _planned(
         progress=lambda done, total: progress("fitting routers", done, total),
     )
     return plans, routers
+
+
+def _network(model: Model, device: str) -> Network:
+    """The live model: of one behind an adapter, transformers has loaded the base alone."""
+    network = Network(model, device=device)
+    if not isinstance(model, Checkpoint):
+        for name in model.names:
+            network.write(name, model.tensor(name))
+    return network
 
 
 def _measured(

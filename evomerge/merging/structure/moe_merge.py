@@ -157,7 +157,7 @@ class MergedExperts:
 
         E_group = Σ over the group of wᵢ·Pᵢ(Eᵢ),   P the alignment of neurons
 
-    Sums run in float32 and are rounded once to the dtype of the group's first expert. A group of
+    Sums run in float32 and are rounded once to the stored dtype. A group of
     one expert of weight above 0 is that expert's stored bytes, its neurons in their own order; so
     is whatever is no expert and no collapsed router. `routers` are the collapsed [K, d], one for
     each layer.
@@ -215,11 +215,12 @@ class MergedExperts:
     def tensor(self, name: str) -> Tensor:
         """A tensor of the merged model; read only. Raises MissingTensor."""
         if name in self._rows:
-            return self._rows[name].to(self.dtype(name))
-        if name not in self._of_expert:
-            return self._model.tensor(name)
-        at, group, role = self._of_expert[name]
-        return self._merged(at, group, role)
+            values = self._rows[name]
+        elif name in self._of_expert:
+            values = self._merged(*self._of_expert[name])
+        else:
+            values = self._model.tensor(name)
+        return values.to(self.dtype(name))  # of a model behind an adapter values are float32
 
     def _place(self, at: int, layer: ExpertLayer) -> set[str]:
         """Note what stands under each expert's names; the names that there are no more."""
@@ -256,7 +257,8 @@ class MergedExperts:
             leader = plan.groups.leaders[members[0]]
             tensors = (self._aligned(at, expert, role, leader) for expert in parts)
             weights = [plan.weights[expert] for expert in parts]
-            self._kept[group, role] = _weighted_sum(tensors, weights)
+            merged = _weighted_sum(tensors, weights)
+            self._kept[group, role] = merged.to(self._model.dtype(layer.name(members[0], role)))
         return self._kept[group, role]
 
     def _aligned(self, at: int, expert: int, role: str, leader: int) -> Tensor:
@@ -273,7 +275,7 @@ def _weighted_sum(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor
     total: Tensor | None = None
     for tensor, weight in zip(tensors, weights, strict=True):
         if total is None:
-            dtype, total = tensor.dtype, torch.zeros(tensor.shape, dtype=torch.float32)
+            total = torch.zeros(tensor.shape, dtype=torch.float32)
         total.add_(tensor.float(), alpha=weight)
     assert total is not None  # a group has members
-    return total.to(dtype)
+    return total

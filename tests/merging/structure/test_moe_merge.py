@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints.adapted import open_models
 from evomerge.errors import CheckpointError, ExportError, MergeError, NonFiniteTensor
 from evomerge.merging.structure import moe_export
 from evomerge.merging.structure.moe_alignment import permuted
@@ -60,6 +61,11 @@ def _changed(folder: Path, place: Path, change: Change) -> Path:
     return place
 
 
+def _in_bfloat16(weights: dict[str, Tensor], layers: tuple[ExpertLayer, ...]) -> None:
+    for name, tensor in weights.items():
+        weights[name] = tensor.bfloat16()
+
+
 def _logits(folder: Path) -> list[Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return small_experts.logits(model, small_experts.examples())
@@ -74,15 +80,119 @@ def _shuffled(weights: dict[str, Tensor], layer: ExpertLayer, expert: int, into:
         weights[layer.name(into, role)] = permuted(tensor, order, axis).clone()
 
 
-@pytest.mark.parametrize("form", ["replicated", "collapsed"])
+def test_keeping_all_experts_changes_no_byte(folder: Path, tmp_path: Path) -> None:
+    _merge(folder, tmp_path / "out", keep=4)
+    _check_same(_weights(folder), _weights(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("form", ["remapped", "collapsed"])
 @pytest.mark.parametrize("method", ["m_smoe", "hc_smoe", "prune"])
-def test_keeping_all_experts_changes_no_byte(
-    folder: Path, tmp_path: Path, form: str, method: str
+def test_keeping_all_experts_changes_no_byte_by_any_method(
+    mixtral: Path, tmp_path: Path, form: str, method: str
 ) -> None:
-    _merge(folder, tmp_path / "out", keep=4, form=form, method=method)
-    before, after = _weights(folder), _weights(tmp_path / "out")
+    _merge(mixtral, tmp_path / "out", keep=4, form=form, method=method)
+    _check_same(_weights(mixtral), _weights(tmp_path / "out"))
+
+
+def _check_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name
+
+
+def test_a_group_is_the_weighted_mean_of_its_members(mixtral: Path, tmp_path: Path) -> None:
+    """In bfloat16, against float64 rounded once; groups of one keep their bytes."""
+
+    place = _changed(mixtral, tmp_path / "half", _in_bfloat16)
+    plans = _merge(place, tmp_path / "out", keep=[3, 3], alignment="none")
+    before, after = _weights(place), _weights(tmp_path / "out")
+    layers = expert_layers(Checkpoint.open(str(place)))
+    for layer, plan in zip(layers, plans, strict=True):
+        for members in plan.groups.members:
+            for role in layer.roles:
+                parts = [before[layer.name(e, role)].double() * plan.weights[e] for e in members]
+                wanted = torch.stack(parts).sum(0).float().bfloat16()
+                for expert in members:
+                    found = after[layer.name(expert, role)]
+                    assert (found != wanted).float().mean() < 0.01  # ties of the rounding
+                    torch.testing.assert_close(found, wanted, rtol=0.01, atol=0)
+                if len(members) == 1:
+                    assert torch.equal(found, before[layer.name(members[0], role)])
+
+
+def test_names_of_experts_and_order_of_data_do_not_matter(mixtral: Path, tmp_path: Path) -> None:
+    """Experts renamed with their rows of the router: the merged model computes the same."""
+    order = [2, 0, 3, 1]
+
+    def change(weights: dict[str, Tensor], layers: tuple[ExpertLayer, ...]) -> None:
+        for layer in layers:
+            weights[layer.router[0]] = weights[layer.router[0]][order].clone()
+            for role in layer.roles:
+                old = [weights[layer.name(expert, role)] for expert in range(4)]
+                for new, expert in enumerate(order):
+                    weights[layer.name(new, role)] = old[expert]
+
+    renamed = _changed(mixtral, tmp_path / "renamed", change)
+    settings = {"keep": 2, "alignment": "dominant"}
+    one = _merge(mixtral, tmp_path / "one", **settings)
+    problem = ExpertProblem(
+        Checkpoint.open(str(renamed)), small_experts.examples()[::-1], ExpertSettings(**settings)
+    )
+    two = merge_experts(problem, tmp_path / "two")
+    for before, after in zip(one, two, strict=True):
+        assert {frozenset(m) for m in before.groups.members} == {
+            frozenset(order[e] for e in m) for m in after.groups.members
+        }
+    for a, b in zip(_logits(tmp_path / "one"), _logits(tmp_path / "two"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_behind_an_adapter_is_the_one_that_is_run_and_merged(tmp_path: Path) -> None:
+    """Against the same model with the adapter merged into it by peft."""
+    small_adapters = pytest.importorskip("small_adapters")
+    base = small_experts.folder("mixtral", tmp_path / "base")
+    adapter = small_adapters.train(base, tmp_path / "adapter", target_modules=["q_proj"], r=4)
+    whole = small_adapters.peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+    ).merge_and_unload()
+    whole.save_pretrained(tmp_path / "whole")
+    small_experts.small_llama.tokenizer().save_pretrained(tmp_path / "whole")
+    path = f"{base}+{adapter}"
+    chosen = ExpertSettings(keep=4, usage="gate_mass")
+    problem = ExpertProblem(open_models([path])[path], small_experts.examples(), chosen)
+    merge_experts(problem, tmp_path / "one")
+    _merge(tmp_path / "whole", tmp_path / "two", keep=4, usage="gate_mass")
+    for name, tensor in _weights(tmp_path / "two").items():
+        torch.testing.assert_close(_weights(tmp_path / "one")[name], tensor, rtol=1e-5, atol=1e-6)
+    one, two = (json.loads((tmp_path / n / EXPERTS_FILE).read_text()) for n in ("one", "two"))
+    for a, b in zip(one["layers"], two["layers"], strict=True):
+        assert a["usage"] == pytest.approx(b["usage"], rel=1e-5)
+
+
+def test_an_adapted_tensor_is_written_in_the_models_dtype(mixtral: Path, tmp_path: Path) -> None:
+    small_adapters = pytest.importorskip("small_adapters")
+    adapter = small_adapters.train(mixtral, tmp_path / "adapter", target_modules=["q_proj"], r=4)
+    half = _changed(mixtral, tmp_path / "half", _in_bfloat16)
+    path = f"{half}+{adapter}"
+    problem = ExpertProblem(
+        open_models([path])[path], small_experts.examples(), ExpertSettings(keep=4)
+    )
+    merge_experts(problem, tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    written = _weights(tmp_path / "out")[name]
+    assert torch.equal(written, problem.model.tensor(name).bfloat16())
+
+
+def test_deepseek_is_remapped_and_not_collapsed(tmp_path: Path) -> None:
+    place = small_experts.folder("deepseek_v3", tmp_path / "model")
+    _merge(place, tmp_path / "big", keep=2)
+    _merge(place, tmp_path / "small", keep=2, form="remapped")
+    logits = small_experts.logits(load_remapped(tmp_path / "small"), small_experts.examples())
+    for big, small in zip(_logits(tmp_path / "big"), logits, strict=True):
+        torch.testing.assert_close(big, small, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MergeError, match="groups of experts"):
+        _merge(place, tmp_path / "out", keep=2, form="collapsed")
 
 
 def test_the_order_of_an_experts_neurons_is_no_matter(folder: Path, tmp_path: Path) -> None:
@@ -123,10 +233,9 @@ def test_permuted_copies_merge_without_loss(folder: Path, tmp_path: Path, alignm
     assert worst > 0.01
 
 
-@pytest.mark.parametrize("method", ["m_smoe", "hc_smoe", "prune"])
-def test_remapped_is_replicated_bit_for_bit(folder: Path, tmp_path: Path, method: str) -> None:
-    plans = _merge(folder, tmp_path / "big", keep=2, method=method)
-    _merge(folder, tmp_path / "small", keep=2, method=method, form="remapped")
+def test_remapped_is_replicated_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    plans = _merge(folder, tmp_path / "big", keep=2)
+    _merge(folder, tmp_path / "small", keep=2, form="remapped")
     count = sum(len(plan.groups.members) for plan in plans)
     names = list(_weights(tmp_path / "small"))
     assert len({n.rsplit(".", 2)[0] for n in names if ".experts." in n}) == count
@@ -181,9 +290,8 @@ def test_contributions_of_merged_experts_add(mixtral: Path) -> None:
         torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["dominant", "mean", "logsumexp"])
-def test_collapsed_is_small_and_plain(folder: Path, tmp_path: Path, router: str) -> None:
-    _merge(folder, tmp_path / "out", keep=2, form="collapsed", router=router)
+def test_collapsed_is_small_and_plain(folder: Path, tmp_path: Path) -> None:
+    _merge(folder, tmp_path / "out", keep=2, form="collapsed", router="logsumexp")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     fused = [p for n, p in model.named_parameters() if n.endswith("experts.down_proj")]
     assert [len(p) for p in fused] == [2] * len(fused)
