@@ -341,6 +341,7 @@ def _join(workers: Workers) -> None:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            _bring_token()
             ray.init(address=address, log_to_driver=False, logging_level="error")
             return
         cpus = max(os.cpu_count() or 1, workers.count * workers.num_cpus)
@@ -349,6 +350,22 @@ def _join(workers: Workers) -> None:
     except (RayError, ConnectionError, ValueError) as error:
         where = address or "this machine"
         raise UserError(f"cannot join Ray at {where}: {_why_not(error)}") from None
+
+
+def _bring_token() -> None:
+    """Use a token that lies here, as `ray start --head` does unasked; a head without one takes it.
+
+    `ray.init` with an address does not look for it. The mode was read when ray was imported.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    try:
+        from ray._raylet import AuthenticationTokenLoader, Config  # there is no public way
+    except ImportError:  # a Ray from before tokens
+        return
+    if AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")
 
 
 def _why_not(error: Exception) -> str:

@@ -233,6 +233,30 @@ def test_who_has_not_the_token_is_refused_and_told_so(cluster: Cluster, study: P
         assert stranger.returncode == 2, name
 
 
+def test_a_token_that_lies_here_is_used_unasked(cluster: Cluster, tmp_path: Path) -> None:
+    """`ray start --head` turns tokens on by itself where one lies; who joins it must do so too."""
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text(cluster.environment["RAY_AUTH_TOKEN"])
+    nowhere = without_token() | {"RAY_ADDRESS": cluster.address}
+    home = nowhere | {"HOME": str(tmp_path)}
+    del home["RAY_AUTH_TOKEN_PATH"]
+    places = {
+        "home": home,
+        "path": nowhere | {"RAY_AUTH_TOKEN_PATH": str(file)},
+        "environment": nowhere | {"RAY_AUTH_TOKEN": file.read_text()},
+    }
+    join = (
+        "from evomerge.spec import Workers; from workers.executor import RayExecutor; "
+        "RayExecutor(Workers(), actor=object).close(now=True)"
+    )
+    joining = {name: begin([sys.executable, "-c", join], place) for name, place in places.items()}
+    for name, process in joining.items():
+        _out, said = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0, f"{name}: {said}"
+        assert "gcs_client" not in said, name
+
+
 def test_a_job_without_the_token_is_refused(cluster: Cluster, study: Path) -> None:
     stranger = Cluster(cluster.address, cluster.jobs, without_token(), cluster.store)
     refused = stranger.submit("stranger", study, "--no-wait")
