@@ -27,12 +27,8 @@ from evomerge.merging.fitted.calibration import Example
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.structure.moe_grouping import Groups
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
-from evomerge.merging.structure.moe_merge import (
-    LayerPlan,
-    MergedExperts,
-    check_settings,
-    plan_experts,
-)
+from evomerge.merging.structure.moe_merge import MergedExperts
+from evomerge.merging.structure.moe_plan import LayerPlan, check_settings, plan_experts
 from evomerge.merging.structure.moe_router import collapsed_routers
 from evomerge.merging.structure.moe_settings import ExpertSettings
 from evomerge.merging.structure.moe_statistics import routing_statistics

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import CheckpointError
-from evomerge.merging.structure.moe_merge import REMAPPED
+from evomerge.merging.structure.moe_plan import REMAPPED
 
 
 def load_remapped(

@@ -20,7 +20,7 @@ from evomerge.merging.structure.moe_grouping import (
     cosine,
     distances,
 )
-from evomerge.merging.structure.moe_merge import group_weights
+from evomerge.merging.structure.moe_plan import group_weights
 from evomerge.merging.structure.moe_settings import ExpertSettings
 from evomerge.merging.structure.moe_size import compressed_parameters, moe_parameters
 

@@ -23,7 +23,8 @@ from evomerge.merging.structure.moe_alignment import permuted
 from evomerge.merging.structure.moe_export import EXPERTS_FILE, ExpertProblem, merge_experts
 from evomerge.merging.structure.moe_grouping import Groups
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
-from evomerge.merging.structure.moe_merge import LayerPlan, MergedExperts
+from evomerge.merging.structure.moe_merge import MergedExperts
+from evomerge.merging.structure.moe_plan import LayerPlan
 from evomerge.merging.structure.moe_router import LogSumExpFit, collapsed
 from evomerge.merging.structure.moe_settings import ExpertSettings
 from evomerge.merging.structure.remapped import load_remapped

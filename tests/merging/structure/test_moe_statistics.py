@@ -14,7 +14,7 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.structure.moe_layers import expert_count_keys, expert_layers, top_k
-from evomerge.merging.structure.moe_merge import Aligner
+from evomerge.merging.structure.moe_plan import Aligner
 from evomerge.merging.structure.moe_statistics import LayerStatistics, routing_statistics
 
 
