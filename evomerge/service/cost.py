@@ -26,12 +26,14 @@ class Cost:
     `wall_s` runs from the first start to the last finish; `idle_s` is the part of it when no
     attempt was open: the controller between attempts, and any time the study was not running.
     `overhead_s` sums, over finished attempts, what their phases do not account for: sending out,
-    waiting for the worker, recording. None where no attempt has finished.
+    waiting for the worker, recording. None where no attempt has finished. `reused` counts scores
+    that took no attempt, as the store had them of the same recipe, items and scorer.
     """
 
     phases: dict[str, float]
     attempts: int
     failed_attempts: int
+    reused: int
     workers: int
     wall_s: float | None
     idle_s: float | None
@@ -49,12 +51,14 @@ class Costs:
         self._overhead = array("d")
         self._starts, self._ends = array("q"), array("q")  # microseconds since 1970
         self._workers: set[str] = set()
-        self._attempts = self._failed = 0
+        self._attempts = self._failed = self._reused = 0
 
     def put(self, trial: Trial) -> None:
-        """Add every attempt of a trial."""
+        """Add every attempt and score of a trial."""
         for attempt in trial.attempts:
             self._put(attempt)
+        measured = {a.part for a in trial.attempts if a.state is State.COMPLETE}
+        self._reused += len(trial.scores.keys() - measured)
 
     def total(self) -> Cost:
         """The cost of everything put in."""
@@ -64,6 +68,7 @@ class Costs:
             phases={name: math.fsum(seconds) for name, seconds in self._phases.items()},
             attempts=self._attempts,
             failed_attempts=self._failed,
+            reused=self._reused,
             workers=len(self._workers),
             wall_s=None if wall is None else wall / 1e6,
             idle_s=None if idle is None else idle / 1e6,

@@ -7,6 +7,7 @@ and of models only what a worker's inspection said.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -93,8 +94,8 @@ def open_study(
     if differences:
         lines = "\n".join(f"  - {line}" for line in differences)
         raise StudyChanged(
-            f"study {spec.name!r} exists with another spec; only budget and workers may change. "
-            f"Give this one another name, or put back:\n{lines}"
+            f"study {spec.name!r} exists with another spec; only budget and workers (not "
+            "workers.num_cpus: threads change rounding) may change. Give this one another name, or put back:\n{lines}"
         )
     # what the study started from stays, whatever has become of earlier studies and artifacts since
     start = {k: v for k, v in known.inspection.items() if k in ("warm_start", "start")}
@@ -187,9 +188,9 @@ def build_controller(
         levels=[gene.levels for gene in genes],
         promising=record.inspection.get("warm_start", ()),
     )
-    idle = _idle_workers(spec, sampler)
-    if idle:
-        note(idle)
+    for fault in (_idle_workers(spec, sampler), _few_candidates(spec, genes)):
+        if fault:
+            note(fault)
     log = RestartLog(store, record, token, sampler, note)
 
     def show(ledger: Ledger, running: int) -> None:
@@ -220,6 +221,17 @@ def _idle_workers(spec: StudySpec, sampler: Sampler) -> str | None:
         f"study {spec.name}: no more than {most} of {count} workers will be busy, as many as "
         f"schedule {spec.sampler.schedule!r} proposes at once; a study with "
         "`schedule: asynchronous` or a larger `population` uses all"
+    )
+
+
+def _few_candidates(spec: StudySpec, genes: Sequence[Gene]) -> str | None:
+    """What to say of a search that has more trials than there are candidates, if it has."""
+    count = math.prod(gene.levels for gene in genes)  # 0 where a gene is continuous
+    if not 0 < count < spec.budget.trials:
+        return None
+    return (
+        f"study {spec.name}: the space has {count} candidates, fewer than the {spec.budget.trials} "
+        "trials of the budget; the rest repeat them, answered from the store"
     )
 
 

@@ -10,6 +10,7 @@ from run_synthetic import rows, run_synthetic
 
 from evomerge.errors import SpecError
 from evomerge.service.executor import Job
+from evomerge.service.report import stored_report
 from evomerge.spec import StudySpec
 from evomerge.store.base import StudyStore
 from evomerge.store.memory import MemoryStore
@@ -247,3 +248,32 @@ def test_workers_that_a_schedule_never_uses_are_named(
     assert run_synthetic(spec, MemoryStore(), SyntheticExecutor(count), note=notes.append)
     assert len(notes) == len(said)
     assert all(words in note for words, note in zip(said, notes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        (
+            [{"values": [0.2, 0.4, 0.6], "init": 0.4}],
+            ["the space has 3 candidates, fewer than the 30 trials"],
+        ),
+        ([{"per": "source", "values": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "init": 0.3}], []),
+        ([{"low": 0.0, "high": 1.0, "init": 0.5}], []),
+    ],
+    ids=["3", "36", "endless"],
+)
+def test_a_space_of_fewer_candidates_than_trials_is_named(
+    factors: list[dict[str, Any]], said: list[str]
+) -> None:
+    space = {"method": "task_arithmetic", "source": {"weight": factors}}
+    spec = study("generational", space=space)
+    notes: list[str] = []
+    store = MemoryStore()
+    assert run_synthetic(spec, store, note=notes.append)
+    assert len(notes) == len(said)
+    assert all(words in note for words, note in zip(said, notes, strict=True))
+    if said:
+        cost = stored_report(store.study(spec.name), store).cost
+        assert cost.reused >= 27
+        scores = sum(len(trial.scores) for trial in store.trials(spec.name))
+        assert cost.attempts + cost.reused == scores
