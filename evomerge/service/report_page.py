@@ -37,6 +37,10 @@ _PHASES = {
     "materialise": "building candidates",
     "score": "scoring candidates",
 }
+_REFUSED = (
+    "They came after their attempt was given up (late), a second time (repeated) or for no attempt "
+    "of this study (stray). No trial was scored by them, so they do no harm."
+)
 
 Fact = tuple[str, str]
 
@@ -80,7 +84,8 @@ def cost_facts(cost: Cost) -> list[Fact]:
     """What the study cost, as labels and durations."""
     phases = [(_PHASES.get(name, name), _duration(s)) for name, s in cost.phases.items()]
     failed = f", {cost.failed_attempts} of them failed" if cost.failed_attempts else ""
-    facts = [*phases, ("evaluations", f"{cost.attempts}{failed}")]
+    reused = [("answered from the store", str(cost.reused))] if cost.reused else []
+    facts = [*phases, ("evaluations", f"{cost.attempts}{failed}"), *reused]
     if cost.wall_s is None or cost.overhead_s is None or cost.idle_s is None:
         return facts
     return [
@@ -88,13 +93,14 @@ def cost_facts(cost: Cost) -> list[Fact]:
         ("sending out, waiting, recording", _duration(cost.overhead_s)),
         ("wall clock, first start to last finish", _duration(cost.wall_s)),
         ("of it with nothing running (controller, pauses)", _duration(cost.idle_s)),
-        ("workers", str(cost.workers)),
+        ("worker processes over the study's life", str(cost.workers)),
     ]
 
 
 def _facts(report: Report, record: StudyRecord) -> list[Fact]:
     counts, sampler = report.search_counts, record.spec.get("sampler", {})
     failed = f", {counts['failed']} failed" if counts["failed"] else ""
+    refused = refusals_text(report.refused)
     weighted = ", ".join(f"{task} × {weight:g}" for task, weight in report.weights.items())
     return [
         ("created", _moment(record.created_at)),
@@ -102,7 +108,7 @@ def _facts(report: Report, record: StudyRecord) -> list[Fact]:
         ("sampler", f"{sampler.get('name', 'cmaes')}, seed {sampler.get('seed', 0)}"),
         ("sources", ", ".join(record.spec["sources"])),
         ("mean of", weighted),
-        *([("results refused", refused)] if (refused := refusals_text(report.refused)) else []),
+        *([("results refused", f"{refused}. {_REFUSED}")] if refused else []),
     ]
 
 
@@ -112,12 +118,17 @@ def _comparison_cells(outcome: Outcome) -> Mapping[str, str]:
         "against": outcome.title.removeprefix("the "),
         "difference": _number(outcome.difference, signed=True),
         "interval": _interval(outcome.interval, signed=True),
-        "p_value": p_text(outcome.p_value or 0.0).removeprefix("p ") if tested else "–",
-        "p_holm": p_text(outcome.p_holm or 0.0).removeprefix("p ") if tested else "–",
+        "p_value": _p_value(outcome.p_value or 0.0) if tested else "–",
+        "p_holm": _p_value(outcome.p_holm or 0.0) if tested else "–",
         "verdict": outcome.verdict,
         "kind": outcome.verdict.split()[0],
         "untested": "" if tested else outcome.sentence,
     }
+
+
+def _p_value(p: float) -> str:
+    """A cell of a column that is headed p."""
+    return p_text(p).removeprefix("p ").removeprefix("= ")
 
 
 def _bars(rows: Sequence[Row]) -> list[tuple[str, Markup]]:

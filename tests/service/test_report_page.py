@@ -108,6 +108,15 @@ def test_the_page_says_what_the_report_says(page: str) -> None:
     assert "2.13.0" in text
 
 
+def test_cells_of_p_are_plain_and_settings_are_folded(page: str) -> None:
+    cells = re.findall(r"<td>([^<]*)</td>", page)
+    tested = [cell for cell in cells if re.fullmatch(r"(&lt; 0\.0001|0\.\d+)", cell)]
+    assert "&lt; 0.0001" in tested
+    assert not [cell for cell in cells if "=" in cell]
+    assert "worker processes over the study's life2" in "".join(Page(page).text.split("\n"))
+    assert not [attrs for tag, attrs in Page(page).tags if tag == "details" and "open" in attrs]
+
+
 def test_the_page_says_why_a_comparison_was_not_made() -> None:
     study = fake.record(tasks=("a",))
     bare = Score({"a": TaskScore("f1", 0.9, None, 50)})
@@ -321,7 +330,7 @@ def test_restarts_and_refusals_are_told() -> None:
     page = Page(render(report, study))
     assert "restart 1 after 40 trials, population 8 to 16: steps are <small>" in page.text
     assert "restart 2 after 90 trials" in page.text
-    assert "2 late, 1 stray" in page.text
+    assert "2 late, 1 stray. They came after their attempt was given up (late)" in page.text
     found = report.to_json()
     assert found["restarts"] == inspection["restarts"]
     assert found["refused"] == {"late": 2, "stray": 1}
