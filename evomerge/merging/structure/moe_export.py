@@ -216,7 +216,8 @@ def _data_digest(examples: Sequence[Example]) -> str:
 
 def _size(model: Model) -> int:
     """Bytes of the largest form, and of what lies beside it."""
-    weights = sum(model.tensor(name).nbytes for name in model.names)
+    entries = (Entry(name, model.dtype(name), model.shape(name)) for name in model.names)
+    weights = sum(entry.nbytes for entry in entries)
     return weights + sum(path.stat().st_size for path in companions(model)) + _ROOM
 
 
