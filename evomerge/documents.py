@@ -27,7 +27,21 @@ def read_yaml(path: Path) -> object:
     except UnicodeDecodeError:
         raise SpecError(str(path), ["cannot be read: is not UTF-8 text"]) from None
     except yaml.YAMLError as error:
-        raise SpecError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from None
+        place, said = _told(error)
+        raise SpecError(f"{path}{place}", [f"not YAML: {said}"]) from None
+
+
+def not_yaml(path: Path, error: Exception) -> str:
+    """`FILE, line 5: not YAML: ...`, of what reading or parsing a file has raised."""
+    place, said = _told(error)
+    return f"{path}{place}: not YAML: {said}"
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """Where a parser noticed the fault, and what it is; without the state it was in."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f", line {error.problem_mark.line + 1}", error.problem
+    return "", " ".join(str(error).split())
 
 
 class _Loader(yaml.SafeLoader):

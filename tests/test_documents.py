@@ -31,7 +31,7 @@ def test_what_only_looks_like_one_stays_text(tmp_path: Path, text: str) -> None:
 
 def test_a_key_given_twice_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = _write(tmp_path, "sources:\n  sort: a\n  sort: b\n")
-    with pytest.raises(SpecError, match=r"key 'sort' is given twice.*line 3"):
+    with pytest.raises(SpecError, match=r"a.yaml, line 3: .*key 'sort' is given twice"):
         read_yaml(path)
 
 
@@ -45,5 +45,23 @@ def test_anchors_and_merge_keys_still_work(tmp_path: Path) -> None:
 
 
 def test_no_object_is_made_of_a_tag(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="is not YAML"):
+    with pytest.raises(SpecError, match="line 1: not YAML: could not determine a constructor"):
         read_yaml(_write(tmp_path, "!!python/object/apply:os.getcwd []"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb\nc: 2\n", "a.yaml, line 3: not YAML: could not find expected ':'"),
+        ("a:\n  - [1,\n", "a.yaml, line 3: not YAML: expected the node content"),
+        ("a: \x01", "a.yaml: not YAML: unacceptable character"),
+    ],
+)
+def test_what_does_not_parse_is_told_in_one_line_with_its_place(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    with pytest.raises(SpecError) as refusal:
+        read_yaml(_write(tmp_path, text))
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert "while" not in str(refusal.value)

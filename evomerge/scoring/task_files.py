@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from evomerge.documents import not_yaml
+
 TRUSTED_TASKS = "EVOMERGE_TRUSTED_TASKS"
 
 
@@ -66,7 +68,7 @@ def unreadable_files(directory: Path) -> Iterator[str]:
         try:
             read_task_file(path)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            yield f"{path}: is not YAML: {' '.join(str(error).split())}"
+            yield not_yaml(path, error)
 
 
 def trusted_roots(shipped: Path) -> list[Path]:

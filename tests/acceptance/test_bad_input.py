@@ -216,7 +216,7 @@ def test_a_spec_with_one_fault(
 def test_a_file_that_is_no_spec(evomerge: Callable[..., Answer], folder: Path) -> None:
     for name, text, fragment in [
         ("list.yaml", "- a", "a study spec is a mapping"),
-        ("broken.yaml", "a: [", "is not YAML"),
+        ("broken.yaml", "a: [", "not YAML"),
         ("binary.yaml", b"\xff\xfe\x00", "is not UTF-8"),
     ]:
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -331,7 +331,7 @@ def test_a_recipe_with_one_fault(
 def test_a_task_file_that_does_not_parse(evomerge: Callable[..., Answer], folder: Path) -> None:
     (folder / "zoo/tasks/compare.yaml").write_text("task: compare\nmetric_list: [\n")
     spec = write_spec(folder / "study.yaml")
-    refused(evomerge, folder, ["run", spec], "zoo/tasks/compare.yaml", "is not YAML")
+    refused(evomerge, folder, ["run", spec], "zoo/tasks/compare.yaml", "not YAML")
 
 
 def test_a_task_whose_data_is_missing(evomerge: Callable[..., Answer], folder: Path) -> None:

@@ -87,7 +87,7 @@ def test_an_unknown_task_names_the_nearest_and_broken_files(exam: Exam, folder: 
     told = problem(folder, "speling", "broken")
     assert "unknown task 'speling'; did you mean 'spelling'?" in told
     assert "unknown task 'broken'" in told
-    assert "broken.yaml: is not YAML" in told
+    assert "broken.yaml, line 1: not YAML" in told
     assert told.startswith("3 problems")
 
 
