@@ -95,7 +95,8 @@ def open_study(
         lines = "\n".join(f"  - {line}" for line in differences)
         raise StudyChanged(
             f"study {spec.name!r} exists with another spec; only budget and workers (not "
-            "workers.num_cpus: threads change rounding) may change. Give this one another name, or put back:\n{lines}"
+            "workers.num_cpus: threads change rounding) may change. Give this one another name, "
+            f"or put back:\n{lines}"
         )
     # what the study started from stays, whatever has become of earlier studies and artifacts since
     start = {k: v for k, v in known.inspection.items() if k in ("warm_start", "start")}

@@ -42,8 +42,8 @@ def check_free(study: str, holder: Controller | None, token: str, now: datetime)
         return
     left = math.ceil((holder.lease_until - now).total_seconds())
     raise StudyBusy(
-        f"study {study!r} is being run by process {holder.pid} on {holder.host}; its lease runs "
-        f"for another {left} s. End that process, or wait for the lease to lapse"
+        f"study {study!r} is being run by process {holder.pid} on {holder.host}: stop it "
+        f"with Ctrl-C there; if it is dead, the study is free in {left} s"
     )
 
 

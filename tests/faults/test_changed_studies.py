@@ -183,7 +183,7 @@ def test_what_may_not_change_is_refused_with_every_difference(
     with pytest.raises(StudyChanged) as refusal:
         opened(folder, store)
     heading, *lines = str(refusal.value).splitlines()
-    assert "study 's' exists with another spec; only budget and workers may change" in heading
+    assert "study 's' exists with another spec; only budget and workers (not workers." in heading
     assert "another name, or put back" in heading
     for said in expected:
         assert any(said in line for line in lines), lines

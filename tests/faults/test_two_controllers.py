@@ -34,7 +34,7 @@ def test_one_that_slept_through_its_lease_writes_no_more(
     first = held_in_mid_search(place, lambda: run(place, host=here))
     second = run(place, host=there)
     assert second.end() == 2
-    assert f"is being run by process {first.popen.pid} on {here}; its lease" in second.last_line
+    assert f"is being run by process {first.popen.pid} on {here}: stop it" in second.last_line
     first.send(signal.SIGSTOP)
     lapse(place)
     place.let_go("score")
