@@ -1,4 +1,4 @@
-"""A recipe's coefficients over a model, as a grid of layers and tensor types for each source.
+"""A recipe's parameters over a model, each as grids of layers and tensor types, one for a source.
 
 Knows nothing of merge methods beyond one name: `weight` is a source's share wherever a method has
 it. A cell is the mean over its tensors, so rules by tensor name show as what they amount to.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from evomerge.merging.layout import TENSOR_TYPES, Place, layout
 from evomerge.merging.recipe import Recipe
@@ -33,7 +33,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The parameter shown, and a grid for each source that has it."""
+    """A parameter, and a grid for each source that has it; one for all where they are the same."""
 
     parameter: str
     grids: tuple[Grid, ...]
@@ -48,21 +48,40 @@ class Coefficients:
         """The smallest value of any cell, with its sign."""
         return min(self._values(), default=0.0)
 
+    @property
+    def constants(self) -> dict[str, float] | None:
+        """Each grid's one value by its title; None where one varies over the model."""
+        found = {grid.title: {round(v, 9) for v in grid.cells.values()} for grid in self.grids}
+        if any(len(values) != 1 for values in found.values()):
+            return None
+        return {title: next(iter(values)) for title, values in found.items()}
+
     def _values(self) -> list[float]:
         return [value for grid in self.grids for value in grid.cells.values()]
 
 
-def coefficients(recipe: Recipe, tensors: Sequence[str]) -> Coefficients | None:
-    """The recipe's main numeric parameter over a model with these tensors; None if it has none."""
+def coefficients(
+    recipe: Recipe, tensors: Sequence[str], searched: Collection[str] = ()
+) -> tuple[Coefficients, ...]:
+    """The recipe's `searched` numeric parameters over a model with these tensors, the main first.
+
+    Of a recipe with none of them the main one alone; empty if it has no numeric parameter.
+    """
     places = list(layout(tensors).values())
-    parameter = _main_parameter(recipe)
-    if parameter is None:
-        return None
+    main, numeric = _main_parameter(recipe), _numeric_parameters(recipe)
+    shown = [n for n in searched if n in numeric] or [n for n in numeric if n == main]
+    shown.sort(key=lambda name: name != main)
+    return tuple(_over_model(recipe, name, places) for name in shown)
+
+
+def _over_model(recipe: Recipe, parameter: str, places: Sequence[Place]) -> Coefficients:
     shared = recipe.parameters.get(parameter)
     if parameter != "weight" and not any(parameter in s.parameters for s in recipe.sources):
         return Coefficients(parameter, (_grid("the whole recipe", shared, places),))
     values = {s.name: s.parameters.get(parameter, shared) for s in recipe.sources}
     grids = [_grid(name, value, places) for name, value in values.items() if value is not None]
+    if len(grids) == len(recipe.sources) > 1 and all(g.cells == grids[0].cells for g in grids):
+        grids = [replace(grids[0], title="every source")]
     return Coefficients(parameter, tuple(grids))
 
 
@@ -75,13 +94,19 @@ def typical_tensors(layers: int) -> list[str]:
 
 def _main_parameter(recipe: Recipe) -> str | None:
     """`weight`, else a source's own first number, else `t`, else the recipe's first number."""
-    own = [name for s in recipe.sources for name, v in s.parameters.items() if _numeric(v)]
-    shared = [name for name, v in recipe.parameters.items() if _numeric(v)]
-    if "weight" in own or "weight" in shared:
+    numeric = _numeric_parameters(recipe)
+    own = [name for name in numeric if any(name in s.parameters for s in recipe.sources)]
+    if "weight" in numeric:
         return "weight"
     if own:
         return own[0]
-    return "t" if "t" in shared else next(iter(shared), None)
+    return "t" if "t" in numeric else next(iter(numeric), None)
+
+
+def _numeric_parameters(recipe: Recipe) -> list[str]:
+    """The sources' first, then the recipe's own."""
+    every = [*(s.parameters for s in recipe.sources), recipe.parameters]
+    return list(dict.fromkeys(n for found in every for n, v in found.items() if _numeric(v)))
 
 
 def _numeric(value: Value) -> bool:

@@ -56,7 +56,6 @@ def render(report: Report, record: StudyRecord) -> str:
     )
     rows = rows_of(report)
     shown = report.winner or report.leader
-    heat = None if shown is None else _coefficients(shown, record)
     return environment.get_template("report.html.j2").render(
         report=report,
         facts=_facts(report, record),
@@ -68,8 +67,7 @@ def render(report: Report, record: StudyRecord) -> str:
         thinned=_thinned(report.history),
         restarts=restart_texts(report.restarts, _MOST_RESTARTS),
         shown=shown,
-        heat=heat,
-        heat_maps=[] if heat is None else _heat_maps(heat),
+        parameters=[] if shown is None else _parameters(shown, record),
         recipe="" if shown is None else _yaml(shown.trial.recipe),
         costs=cost_facts(report.cost),
         spec=_yaml(record.spec),
@@ -170,15 +168,30 @@ def _thinned(history: History) -> str:
     )
 
 
-def _coefficients(candidate: Candidate, record: StudyRecord) -> Coefficients | None:
+def _parameters(
+    candidate: Candidate, record: StudyRecord
+) -> list[tuple[Coefficients, list[tuple[str, Markup]]]]:
+    """Each parameter that was searched, with a heat map for each of its grids if it varies."""
     layers = int(record.inspection.get("layers") or _UNKNOWN_DEPTH)
     tensors = record.inspection.get("tensors") or typical_tensors(layers)
-    return coefficients(Recipe.from_json(candidate.trial.recipe), tensors)
-
-
-def _heat_maps(heat: Coefficients) -> list[tuple[str, Markup]]:
+    recipe = Recipe.from_json(candidate.trial.recipe)
+    found = coefficients(recipe, tensors, _searched(record))
     return [
-        (grid.title, Markup(charts.heat_map(f"heat-{i}", grid, heat.largest)))
+        (heat, [] if heat.constants else _heat_maps(f"heat-{i}", heat))
+        for i, heat in enumerate(found)
+    ]
+
+
+def _searched(record: StudyRecord) -> list[str]:
+    """The names of the parameters that the study's space has factors for."""
+    space = record.spec["space"]
+    every = [*space.get("source", {}).items(), *space.get("recipe", {}).items()]
+    return [name for name, entry in every if isinstance(entry, list)]
+
+
+def _heat_maps(key: str, heat: Coefficients) -> list[tuple[str, Markup]]:
+    return [
+        (grid.title, Markup(charts.heat_map(f"{key}-{i}", grid, heat.largest)))
         for i, grid in enumerate(heat.grids)
     ]
 

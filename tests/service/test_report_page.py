@@ -162,7 +162,7 @@ def test_an_unfinished_search_is_drawn_with_its_baselines() -> None:
 def test_a_model_of_unknown_depth_is_drawn_all_the_same() -> None:
     study = fake.record()
     bare = StudyRecord(study.name, study.spec, {}, study.scorer_digest, study.created_at)
-    assert "by layer and tensor type" in page_of(bare, fake.finished(study))
+    assert "By layer and tensor type" in page_of(bare, fake.finished(study))
 
 
 def test_the_template_ships_beside_the_module() -> None:
@@ -183,8 +183,7 @@ def test_cells_are_what_the_recipe_resolves_to() -> None:
     ]
     recipe = Recipe("ties", ModelRef("base"), (source("a", weight=rules, density=0.3),))
     names = typical_tensors(5)
-    found = coefficients(recipe, names)
-    assert found is not None
+    (found,) = coefficients(recipe, names)
     assert found.parameter == "weight"
     (grid,) = found.grids
     assert grid.columns == ("in", "0", "1", "2", "3", "4", "out")
@@ -199,24 +198,52 @@ def test_cells_are_what_the_recipe_resolves_to() -> None:
 def test_a_cell_is_the_mean_of_its_tensors() -> None:
     rules = [{"filter": "q_proj", "value": 1.0}, {"value": 0.0}]
     recipe = Recipe("linear", None, (source("a", weight=rules),))
-    found = coefficients(recipe, ["layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj"])
-    assert found is not None
+    (found,) = coefficients(recipe, ["layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj"])
     assert found.grids[0].cells == {("attention", "0"): 0.5}
 
 
 def test_which_parameter_is_shown() -> None:
     base = ModelRef("base")
     two = (source("a"), source("b"))
-    slerp = coefficients(Recipe("slerp", base, two, {"t": [0.0, 1.0]}), typical_tensors(2))
-    assert slerp is not None
+    names = typical_tensors(2)
+    (slerp,) = coefficients(Recipe("slerp", base, two, {"t": [0.0, 1.0]}), names)
     assert (slerp.parameter, len(slerp.grids)) == ("t", 1)
-    shared = coefficients(Recipe("linear", base, two, {"weight": 1.0}), typical_tensors(2))
-    assert shared is not None
-    assert [grid.title for grid in shared.grids] == ["a", "b"]
-    densities = coefficients(Recipe("x", base, (source("a", density=0.3),)), typical_tensors(2))
-    assert densities is not None
+    (shared,) = coefficients(Recipe("linear", base, two, {"weight": 1.0}), names)
+    assert [grid.title for grid in shared.grids] == ["every source"]
+    (densities,) = coefficients(Recipe("x", base, (source("a", density=0.3),)), names)
     assert densities.parameter == "density"
-    assert coefficients(Recipe("x", base, two, {"normalize": True}), typical_tensors(2)) is None
+    assert coefficients(Recipe("x", base, two, {"normalize": True}), names) == ()
+
+
+def test_every_searched_parameter_is_shown_the_main_one_first() -> None:
+    sources = (source("a", weight=0.5, density=0.3), source("b", weight=0.7, density=0.3))
+    recipe = Recipe("ties", ModelRef("base"), sources, {"lambda": [1.0, 2.0], "normalize": False})
+    found = coefficients(recipe, typical_tensors(3), ("density", "lambda", "normalize", "weight"))
+    assert [heat.parameter for heat in found] == ["weight", "density", "lambda"]
+    assert [heat.constants for heat in found] == [{"a": 0.5, "b": 0.7}, {"every source": 0.3}, None]
+    assert found[2].grids[0].cells["mlp", "1"] == 1.5
+
+
+def test_the_page_draws_what_varies_and_writes_what_does_not() -> None:
+    study = fake.record(("add", "sort"), ("add", "sort"))
+    factors = [{"low": 0.0, "high": 1.0, "init": 0.5}]
+    space = {"method": "ties", "source": {"density": factors, "weight": factors}}
+    study = replace(study, spec={**study.spec, "space": space})
+    trials = [_with_density(t, {"add": 0.25, "sort": 0.75}) for t in fake.finished(study)]
+    page = page_of(study, trials)
+    headings = re.findall(r"<h[34]>(\w+)</h[34]>", page[page.index("recipe: trial") :])
+    assert headings == ["weight", "add", "sort", "density"]
+    text = " ".join(Page(page).text.split())
+    assert "The same in every layer: add 0.250, sort 0.750." in text
+
+
+def _with_density(trial: Trial, densities: dict[str, float]) -> Trial:
+    recipe = Recipe.from_json(trial.recipe)
+    sources = tuple(
+        replace(s, parameters={**s.parameters, "density": densities[s.name]})
+        for s in recipe.sources
+    )
+    return replace(trial, recipe=replace(recipe, sources=sources).to_json())
 
 
 def test_ticks_are_round_and_inside() -> None:
