@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
+from evomerge.sampling.base import Restart
 from evomerge.service.coefficients import Grid
 from evomerge.service.history import Dot
 from evomerge.service.measurement import Interval
@@ -29,10 +30,18 @@ class Bar:
     kind: str
 
 
-def history(dots: Sequence[Dot], references: Mapping[str, float], *, scored: int) -> str:
+def history(
+    dots: Sequence[Dot],
+    references: Mapping[str, float],
+    *,
+    scored: int,
+    winner: Dot | None = None,
+    restarts: Sequence[Restart] = (),
+) -> str:
     """Trials as dots, the best so far as a line, references as dashed lines with a label.
 
-    `scored` is how many trials have a score, where there are more than dots.
+    `scored` is how many trials have a score, where there are more than dots. `winner` is marked,
+    and each restart is a vertical line with its number, where there is room.
     """
     width, height, left, right, top, bottom = 760, 340, 52, 190, 12, 44
     shown = [(dot, dot.score) for dot in dots if dot.score is not None]
@@ -44,6 +53,7 @@ def history(dots: Sequence[Dot], references: Mapping[str, float], *, scored: int
     _x_axis(svg, x, height - bottom)
     for value in references.values():
         _line(svg, left, y(value), width - right, y(value), "reference")
+    _restarts(svg, restarts, x, top, height - bottom)
     radius = 3.5 if len(dots) < 120 else 2.0
     for dot, score in shown:
         circle = _add(svg, "circle", cx=x(dot.x), cy=y(score), r=radius, **{"class": "trial"})
@@ -56,6 +66,8 @@ def history(dots: Sequence[Dot], references: Mapping[str, float], *, scored: int
         best = _best_so_far(shown)
         _add(svg, "path", d=_steps(best, x, y, x(dots[-1].x)), **{"class": "best"})
         labels.append((f"best {best[-1][1]:.3f}", y(best[-1][1]), "label strong"))
+    if winner is not None and winner.score is not None:
+        _winner(svg, x(winner.x), y(winner.score), f"winner: {winner.label}: {winner.score:.4f}")
     _side_labels(svg, labels, width - right, top + 8, height - bottom)
     return _text(svg)
 
@@ -172,6 +184,25 @@ def _side_labels(
         element = _label(svg, x + 14, target, text, kind=kind)
         element.text = _shorten(text, 26)
         _add(element, "title").text = _clean(text)
+
+
+def _restarts(
+    svg: ET.Element, restarts: Sequence[Restart], x: _Scale, top: float, bottom: float
+) -> None:
+    labelled = -math.inf
+    for restart in restarts:
+        at = x(restart.trials + 0.5)
+        line = _add(svg, "line", x1=at, y1=top, x2=at, y2=bottom, **{"class": "restart"})
+        _add(line, "title").text = f"restart {restart.number} after {restart.trials} trials"
+        if at - labelled >= _LABEL_GAP:
+            _label(svg, at + 3, top + 2, f"{restart.number}", kind="tick")
+            labelled = at
+
+
+def _winner(svg: ET.Element, x: float, y: float, title: str) -> None:
+    circle = _add(svg, "circle", cx=x, cy=y, r=6, **{"class": "winner"})
+    _add(circle, "title").text = _clean(title)
+    _label(svg, x, y + 18, "winner", anchor="middle", kind="label winner")
 
 
 def _best_so_far(scored: Sequence[tuple[Dot, float]]) -> list[tuple[int, float]]:

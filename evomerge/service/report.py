@@ -41,11 +41,15 @@ _MOST_NAMED = 6
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial with what was measured of it, on each part it was scored on."""
+    """A trial with what was measured of it, on each part it was scored on.
+
+    `place` counts search trials from 1; None for others.
+    """
 
     trial: Trial
     title: str
     parts: Mapping[Part, Measurement]
+    place: int | None = None
 
     @property
     def report(self) -> Measurement | None:
@@ -55,6 +59,7 @@ class Candidate:
         return {
             "label": self.trial.label,
             "number": self.trial.number,
+            "search_trial": self.place,
             "recipe_digest": self.trial.recipe_digest,
             **to_json(self.report, "report"),
         }
@@ -181,7 +186,7 @@ def _report(record: StudyRecord, survey: Survey, refused: Mapping[Refusal, int])
     pareto = record.spec["objective"].get("aggregate") == "pareto"
 
     def candidate(trial: Trial | None) -> Candidate | None:
-        return None if trial is None else _candidate(trial, weights)
+        return None if trial is None else _candidate(trial, weights, survey.places)
 
     champion = candidate(winner(trials, weights))
     fixed = {name: candidate(best_baseline(trials, k, weights)) for name, k in BASELINES.items()}
@@ -198,7 +203,7 @@ def _report(record: StudyRecord, survey: Survey, refused: Mapping[Refusal, int])
         baselines=fixed,
         sources={t.label: candidate(t) for t in trials if t.kind == "source"},
         comparisons=outcomes,
-        front=tuple(_candidate(t, weights) for t in ranked) if pareto else (),
+        front=tuple(_candidate(t, weights, survey.places) for t in ranked) if pareto else (),
         cost=survey.costs.total(),
         finished=not progress,
         notes=(
@@ -239,9 +244,9 @@ def _refinements(record: StudyRecord, trials: Sequence[Trial]) -> tuple[dict[str
     )
 
 
-def _candidate(trial: Trial, weights: Mapping[str, float]) -> Candidate:
+def _candidate(trial: Trial, weights: Mapping[str, float], places: Mapping[int, int]) -> Candidate:
     parts = {part: measure(score, weights) for part, score in trial.scores.items()}
-    return Candidate(trial, title_of(trial), parts)
+    return Candidate(trial, title_of(trial), parts, places.get(trial.number))
 
 
 def title_of(trial: Trial) -> str:

@@ -21,7 +21,7 @@ from evomerge.service import charts
 from evomerge.service.charts import Bar
 from evomerge.service.coefficients import Coefficients, coefficients, typical_tensors
 from evomerge.service.cost import Cost
-from evomerge.service.history import History
+from evomerge.service.history import Dot, History
 from evomerge.service.measurement import Interval
 from evomerge.service.notices import RESTARTS, refusals_text, restart_texts
 from evomerge.service.report import Candidate, Outcome, Report, p_text
@@ -65,6 +65,7 @@ def render(report: Report, record: StudyRecord) -> str:
         bars=_bars(rows),
         history=_history(report),
         thinned=_thinned(report.history),
+        marked=_marked(report) is not None,
         restarts=restart_texts(report.restarts, _MOST_RESTARTS),
         shown=shown,
         parameters=[] if shown is None else _parameters(shown, record),
@@ -100,7 +101,10 @@ def _facts(report: Report, record: StudyRecord) -> list[Fact]:
     failed = f", {counts['failed']} failed" if counts["failed"] else ""
     refused = refusals_text(report.refused)
     weighted = ", ".join(f"{task} × {weight:g}" for task, weight in report.weights.items())
+    shown = report.winner or report.leader
+    name = "winner" if report.winner else "best so far"
     return [
+        *([(name, _numbered(shown, counts["planned"]))] if shown else []),
         ("created", _moment(record.created_at)),
         ("search", f"{counts['complete']} of {counts['planned']} trials scored{failed}"),
         ("sampler", f"{sampler.get('name', 'cmaes')}, seed {sampler.get('seed', 0)}"),
@@ -122,6 +126,13 @@ def _comparison_cells(outcome: Outcome) -> Mapping[str, str]:
         "kind": outcome.verdict.split()[0],
         "untested": "" if tested else outcome.sentence,
     }
+
+
+def _numbered(candidate: Candidate, planned: int) -> str:
+    """A trial by both its numbers: baselines are numbered first, charts count the search alone."""
+    if candidate.place is None:
+        return f"{candidate.title} ({candidate.trial.label})"
+    return f"{candidate.title} (search trial {candidate.place} of {planned})"
 
 
 def _p_value(p: float) -> str:
@@ -155,7 +166,24 @@ def _history(report: Report) -> Markup | None:
     dots = report.history.dots()
     if not dots:
         return None
-    return Markup(charts.history(dots, report.references, scored=report.history.scored))
+    return Markup(
+        charts.history(
+            dots,
+            report.references,
+            scored=report.history.scored,
+            winner=_marked(report),
+            restarts=report.restarts,
+        )
+    )
+
+
+def _marked(report: Report) -> Dot | None:
+    """The winner in the history; None where it is no trial of the search."""
+    winner = report.winner
+    score = None if winner is None else winner.parts.get("search")
+    if winner is None or winner.place is None or score is None:
+        return None
+    return Dot(winner.place, score.mean, winner.title)
 
 
 def _thinned(history: History) -> str:

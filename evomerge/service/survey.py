@@ -27,7 +27,8 @@ class Survey:
     """What is known of a study once every trial was put in, in the order of numbers.
 
     `states` and `searched` count trials, and search trials, by state; `causes` say why search
-    trials failed. `kept` are baselines, refined trials and contenders, as they were put in.
+    trials failed. `kept` are baselines, refined trials and contenders, as they were put in;
+    `places` are those of the search trials among them in the search, from 1, by number.
     """
 
     def __init__(self, record: StudyRecord) -> None:
@@ -38,6 +39,7 @@ class Survey:
         self.costs = Costs()
         self.history = History()
         self.kept: list[Trial] = []
+        self.places: dict[int, int] = {}
         self._weights = objective_weights(record.spec)
         self._finalists = int(record.spec["budget"].get("finalists", 8))
 
@@ -70,14 +72,17 @@ class Survey:
         met = [*self.kept, *page]
         chosen = {trial.number for trial in contenders(met, self._finalists, self._weights)}
         self.kept = [t for t in met if t.kind != "search" or t.number in chosen]
+        self.places = {t.number: self.places[t.number] for t in self.kept if t.kind == "search"}
 
     def _put_searched(self, trial: Trial) -> None:
         self.searched[trial.state] += 1
+        self.places[trial.number] = self.counts.searched
         if trial.state is State.FAIL:
             self.causes[cause(trial)] += 1
         if trial.state.finished:
             score = search_mean(trial, self._weights)
-            self.history.put(Dot(self.counts.searched, score, f"trial {trial.number}"))
+            place = self.counts.searched
+            self.history.put(Dot(place, score, f"trial {trial.number} (search trial {place})"))
 
 
 def objective_weights(spec: Mapping[str, Any]) -> dict[str, float]:

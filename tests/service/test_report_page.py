@@ -279,6 +279,36 @@ def test_the_history_has_a_dot_for_each_trial_and_a_rising_line() -> None:
     assert "0.6000" in "".join(root.itertext())
 
 
+def test_the_history_marks_the_winner_and_restarts() -> None:
+    dots = [Dot(x, x / 100, f"trial {15 + x}") for x in range(1, 41)]
+    restarts = [Restart(1, 10, 8, 16, ""), Restart(2, 11, 16, 32, ""), Restart(3, 30, 32, 64, "")]
+    root = ET.fromstring(
+        charts.history(dots, {}, scored=40, winner=Dot(37, 0.37, "trial 52"), restarts=restarts)
+    )
+    at = {float(c.get("cx", "")): c.get("class") for c in root.findall(f"{SVG}circle")}
+    (winner,) = [c for c in root.findall(f"{SVG}circle") if c.get("class") == "winner"]
+    (same,) = [c for c in root.findall(f"{SVG}circle") if "trial 52:" in (c[0].text or "")][:1]
+    assert (winner.get("cx"), winner.get("cy")) == (same.get("cx"), same.get("cy"))
+    lines = [float(v.get("x1", "")) for v in root.iter(f"{SVG}line") if v.get("class") == "restart"]
+    order = sorted(at)
+    assert order[9] < lines[0] < order[10] < lines[1] < order[11]
+    assert order[29] < lines[2] < order[30]
+
+
+def test_the_winner_is_found_by_both_numbers() -> None:
+    study = fake.record(trials=40)
+    trials = fake.finished(study)
+    report = build_report(study, trials)
+    assert report.winner is not None
+    place = [t.number for t in trials if t.kind == "search"].index(report.winner.trial.number) + 1
+    page = page_of(study, trials)
+    both = f"trial {report.winner.trial.number} (search trial {place} of 40)"
+    assert both in Page(page[: page.index("<main>")] + "<main></main></body></html>").text
+    (circle,) = re.findall(r'<circle [^>]*class="winner"><title>(.*?)</title>', page)
+    assert f"trial {report.winner.trial.number}" in circle
+    assert report.to_json()["winner"]["search_trial"] == place
+
+
 def test_bars_are_as_long_as_their_values() -> None:
     rows = [Bar("a", 0.5, (0.4, 0.6), "winner"), Bar("b", 0.25, None, "source")]
     rects = ET.fromstring(charts.bars("k", "t", rows)).findall(f"{SVG}rect")
