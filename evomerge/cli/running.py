@@ -18,7 +18,7 @@ from evomerge.service.controller import Mirror
 from evomerge.service.executor import Executor
 from evomerge.service.progress import View, make_view
 from evomerge.service.report import Report, stored_report
-from evomerge.service.study import build_controller, controlling, open_study
+from evomerge.service.study import build_controller, controlling, open_study, refuse_early
 from evomerge.space import Gene
 from evomerge.space.mergekit_evolve import is_mergekit_evolve, read_mergekit_evolve
 from evomerge.spec import StudySpec, Workers, nearest
@@ -57,6 +57,7 @@ def _run(
     spec: StudySpec, url: str, executor_name: str, view: View, stop: Stop, change: Change
 ) -> Report:
     store = open_store(url)
+    refuse_early(spec, store)
     with _executor(executor_name, spec.workers) as executor:
         view.note(f"study {spec.name}: checking models and tasks")
         record = change(open_study(spec, store, executor))

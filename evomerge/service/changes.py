@@ -6,7 +6,7 @@ stores nor files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from evomerge.spec import StudySpec
@@ -30,24 +30,39 @@ def changes(known: StudyRecord, opened: StudyRecord) -> list[str]:
 
     The scorer's fingerprint counts too: tasks and their data, versions of libraries, threads.
     """
-    lines = _differences(_spec(known), _spec(opened))
+    lines = _differences(_contents(known), _contents(opened))
     lines += _order(list(known.spec["sources"]), list(opened.spec["sources"]))
     said = {line.partition(":")[0] for line in lines}
     scorer = _differences(_scorer(known, opened), _scorer(opened, known))
     return lines + [line for line in scorer if line.partition(":")[0] not in said]
 
 
-def _spec(record: StudyRecord) -> dict[str, Any]:
+def text_changes(known: StudyRecord, spec: StudySpec) -> list[str]:
+    """Those of `changes` that need no file to be opened, of a spec whose space is written out."""
+    old = StudySpec.model_validate(known.spec)
+    lines = _differences(_identity(old, _Unopened), _identity(spec, _Unopened))
+    lines += _order(list(old.sources), list(spec.sources))
+    threads = known.inspection["fingerprint"].get("threads", spec.workers.num_cpus)
+    return lines + _differences(threads, spec.workers.num_cpus, _SAID["threads"])
+
+
+def _contents(record: StudyRecord) -> dict[str, Any]:
     digests = record.inspection["digests"]
-    spec = StudySpec.model_validate(record.spec).identity()
-    spec["base"] = _Contents(spec["base"], digests)
-    spec["sources"] = {name: _Contents(path, digests) for name, path in spec["sources"].items()}
-    for section, key in ((spec, "artifact"), (spec["sampler"], "start")):
+    spec = StudySpec.model_validate(record.spec)
+    return _identity(spec, lambda path: _Contents(path, digests))
+
+
+def _identity(spec: StudySpec, contents: Callable[[str], Any]) -> dict[str, Any]:
+    """What makes a spec the study's, with what `contents` tells of a path in the path's place."""
+    document = spec.identity()
+    document["base"] = contents(document["base"])
+    document["sources"] = {name: contents(path) for name, path in document["sources"].items()}
+    for section, key in ((document, "artifact"), (document["sampler"], "start")):
         if section[key] is not None:
-            section[key] = _Contents(section[key], digests)
-    spec["objective"].pop("include_path")
-    spec["space"] = {key: value for key, value in spec["space"].items() if key != "about"}
-    return spec
+            section[key] = contents(section[key])
+    document["objective"].pop("include_path")
+    document["space"] = {k: v for k, v in document["space"].items() if k != "about"}
+    return document
 
 
 def _order(old: list[str], new: list[str]) -> list[str]:
@@ -71,6 +86,22 @@ def _scorer(record: StudyRecord, other: StudyRecord) -> dict[str, Any]:
             for name in shared
         },
     }
+
+
+class _Unopened:
+    """A checkpoint or artifact of which only the place is known: it may be the same as another."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unopened)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return self._path
 
 
 class _Contents:

@@ -21,7 +21,7 @@ from evomerge.merging.recipe import ModelRef, Recipe
 from evomerge.sampling import make_sampler
 from evomerge.sampling.base import Sampler
 from evomerge.service.baselines import baselines
-from evomerge.service.changes import changes
+from evomerge.service.changes import changes, text_changes
 from evomerge.service.controller import CONTROLLER_LEASE_S, Controller, Mirror
 from evomerge.service.dispatch import Dispatcher
 from evomerge.service.executor import Executor, Setup
@@ -37,6 +37,7 @@ from evomerge.space import Gene, load_space
 from evomerge.spec import StudySpec
 from evomerge.store.base import Controller as Holder
 from evomerge.store.base import StudyRecord, StudyStore
+from evomerge.store.rules import check_free
 from evomerge.trial import Genome, NewTrial, Trial
 
 MakeMirror = Callable[[StudyRecord, Sequence[Gene]], Mirror | None]
@@ -67,6 +68,22 @@ class Models:
         )
 
 
+def refuse_early(spec: StudySpec, store: StudyStore, *, clock: Clock = utc_now) -> None:
+    """Say what is wrong so far as the spec's text and the store tell, before any worker starts.
+
+    What opens no checkpoint takes no time; `open_study` and `controlling` check again, and all.
+    Raises SpecError of the space, StudyChanged, StudyBusy.
+    """
+    space = load_space(spec.space).to_json()
+    known = _known(store, spec.name)
+    if known is None:
+        return
+    _same(spec.name, text_changes(known, spec.model_copy(update={"space": space})))
+    holder = store.controller(spec.name)
+    if holder is not None and not is_dead(holder):
+        check_free(spec.name, holder, "", clock())
+
+
 def open_study(
     spec: StudySpec, store: StudyStore, executor: Executor, *, clock: Clock = utc_now
 ) -> StudyRecord:
@@ -90,18 +107,21 @@ def open_study(
         return record
     if (path := spec.sampler.start) != asked.sampler.start:
         inspection["digests"] |= {path: known.inspection["digests"][path]}
-    differences = changes(known, record)
-    if differences:
-        lines = "\n".join(f"  - {line}" for line in differences)
-        raise StudyChanged(
-            f"study {spec.name!r} exists with another spec; only budget and workers (not "
-            "workers.num_cpus: threads change rounding) may change. Give this one another name, "
-            f"or put back:\n{lines}"
-        )
+    _same(spec.name, changes(known, record))
     # what the study started from stays, whatever has become of earlier studies and artifacts since
     start = {k: v for k, v in known.inspection.items() if k in ("warm_start", "start")}
     start |= kept_restarts(known) | kept_refinements(known)
     return replace(record, inspection=inspection | start, created_at=known.created_at)
+
+
+def _same(study: str, differences: list[str]) -> None:
+    if differences:
+        lines = "\n".join(f"  - {line}" for line in differences)
+        raise StudyChanged(
+            f"study {study!r} exists with another spec; only budget and workers (not "
+            "workers.num_cpus: threads change rounding) may change. Give this one another name, "
+            f"or put back:\n{lines}"
+        )
 
 
 def _known(store: StudyStore, name: str) -> StudyRecord | None:

@@ -6,6 +6,7 @@ Models and tasks are real files of a tiny zoo, inspected as a worker does.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,11 +17,13 @@ import yaml
 from run_synthetic import rows, run_synthetic
 from safetensors.torch import load_file, save_file
 
-from evomerge.errors import StudyChanged
+from evomerge.cli.running import run_study
+from evomerge.errors import SpecError, StudyBusy, StudyChanged
 from evomerge.service.executor import Executor
-from evomerge.service.study import open_study
+from evomerge.service.study import controlling, open_study, refuse_early
 from evomerge.service.worker import Worker
 from evomerge.spec import StudySpec
+from evomerge.store import IN_MEMORY
 from evomerge.store.base import StudyRecord
 from evomerge.store.memory import MemoryStore
 from evomerge.testing.synthetic import SyntheticExecutor, synthetic_inspection, synthetic_spec
@@ -192,6 +195,40 @@ def test_what_may_not_change_is_refused_with_every_difference(
     assert store.study("s") == before
 
 
+IN_FILES = ("a source trained on", "another base", "yaml of a task", "data of a task")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_text_tells_is_refused_before_any_model_is_opened(
+    folder: Path, store: MemoryStore, name: str
+) -> None:
+    change, expected = REFUSED[name]
+    change(folder)
+    shutil.rmtree(folder / "base")
+    changed = StudySpec.load(folder / "study.yaml")
+    if name in IN_FILES:
+        refuse_early(changed, store)
+        return
+    with pytest.raises(StudyChanged) as refusal:
+        refuse_early(changed, store)
+    for said in expected:
+        assert said.replace(" (contents ", "").replace(") ->", " ->") in str(refusal.value)
+
+
+def test_a_study_that_runs_is_refused_before_any_worker_starts() -> None:
+    store, spec = MemoryStore(), synthetic_spec()
+    refuse_early(spec, store)
+    record = open_study(spec, store, SyntheticExecutor())
+    with controlling(record, store), pytest.raises(StudyBusy, match=f"process {os.getpid()} on "):
+        refuse_early(spec, store)
+    refuse_early(spec, store)
+
+
+def test_a_misspelt_space_is_refused_before_the_executor_is_looked_for() -> None:
+    with pytest.raises(SpecError, match="'source_dept'; did you mean 'source_depth'"):
+        run_study(synthetic_spec(space="source_dept"), IN_MEMORY, "no such executor")
+
+
 ALLOWED: dict[str, Callable[[Path], None]] = {
     "nothing": lambda folder: None,
     "budget": spec(lambda s: s.update(budget={"trials": 9, "finalists": 2})),
@@ -210,6 +247,7 @@ ALLOWED: dict[str, Callable[[Path], None]] = {
 def test_what_may_change(folder: Path, store: MemoryStore, name: str) -> None:
     ALLOWED[name](folder)
     created_at = store.study("s").created_at
+    refuse_early(StudySpec.load(folder / "study.yaml"), store)
     assert opened(folder, store).created_at == created_at
 
 
@@ -221,6 +259,7 @@ def test_files_that_moved_and_are_the_same(folder: Path, store: MemoryStore) -> 
         file.write_text(file.read_text().replace(f"{folder}/tasks", f"{moved}/my-tasks"))
     edit(moved / "study.yaml", lambda s: s["sources"].update(sort="my-sort"))
     edit(moved / "study.yaml", lambda s: s["objective"].update(include_path="my-tasks"))
+    refuse_early(StudySpec.load(moved / "study.yaml"), store)
     record = opened(moved, store)
     assert record.spec["sources"]["sort"] == str(moved / "my-sort")
 

@@ -227,7 +227,7 @@ def test_a_second_controller_takes_over_when_the_lease_lapsed_and_the_first_writ
 
         def poll(self, timeout_s: float) -> Sequence[Event]:
             if self.ran == 9:
-                with pytest.raises(StudyBusy, match=r"is being run by process \d+ on .* is free in"):
+                with pytest.raises(StudyBusy, match=r"being run by process \d+ on .* is free in"):
                     run(store, SyntheticExecutor(2))
                 assert run(store, SyntheticExecutor(2), later)
                 before.append(store.trials(SPEC.name))
