@@ -86,6 +86,7 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
                 fits=({}, {"lr": 0.2}, {"granularity": "model"}),
             ),
         ),
+        "git_rebasin": (Grid(fits=({}, {"similarity": "correlation"})),),
         "fisher": (Grid({"floor": (1e-6, 1e-2, 0.1, 1.0)}, fits=({}, {"labels": "data"})),),
         "regmean": (Grid({"off_diagonal": (0.9, 0.0, 0.5, 0.8, 0.95, 1.0)}),),
         "mats": (Grid({"iterations": (50, 3, 10), "init": ("average", "task_arithmetic")}),),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evomerge.merging.methods.fisher import fisher_key
+from evomerge.merging.methods.git_rebasin import order_key
 from evomerge.merging.methods.gram import gram_key, packed
 from evomerge.merging.methods.sens_merging import layer_name
 
@@ -123,6 +124,20 @@ def _fisher(
     return Learned({"norms": norms, "means": means}, tensors)
 
 
+def _permutation(
+    dice: random.Random, tensor: str, shape: tuple[int, ...], names: Sequence[str]
+) -> Learned:
+    """Orders of some axes of some sources."""
+    generator = torch.Generator().manual_seed(dice.getrandbits(32))
+    tensors = {
+        order_key(name, tensor, axis): torch.randperm(size, generator=generator).int()
+        for name in names
+        for axis, size in enumerate(shape)
+        if dice.random() < 0.3
+    }
+    return Learned({}, tensors)
+
+
 LEARNED: Mapping[str, Draw] = MappingProxyType(
     {
         "greedy_soup": _greedy_soup,
@@ -132,6 +147,7 @@ LEARNED: Mapping[str, Draw] = MappingProxyType(
         "dam": _dam,
         "adamerging": _adamerging,
         "learned_soup": _learned_soup,
+        "permutation": _permutation,
     }
 )
 """By the kind of artifact."""

@@ -458,6 +458,7 @@ OBEYED: Mapping[str, Obeyed] = MappingProxyType(
             (copies_are_source, {}),
             (scales_with_task_vectors, {}),
         ),
+        "git_rebasin": _obeyed((weightless_is_absent, {})),
     }
 )
 """The laws that each method shipped obeys, with the parameters that the law needs."""

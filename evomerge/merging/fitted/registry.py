@@ -14,6 +14,7 @@ from evomerge.merging.fitted.gram import GramFit
 from evomerge.merging.fitted.greedy_soup import GreedySoupFit
 from evomerge.merging.fitted.learned_soup import LearnedSoupFit
 from evomerge.merging.fitted.sensitivity import SensitivityFit
+from evomerge.merging.structure.fit import PermutationFit
 from evomerge.spec import nearest
 
 _ALL: tuple[Fitter, ...] = (
@@ -24,6 +25,7 @@ _ALL: tuple[Fitter, ...] = (
     AdaMergingFit(),
     LearnedSoupFit(),
     DamFit(),
+    PermutationFit(),
 )
 FITTERS: Mapping[str, Fitter] = MappingProxyType({fitter.name: fitter for fitter in _ALL})
 

@@ -24,6 +24,7 @@ from evomerge.merging.methods.dare_ties import DareTies
 from evomerge.merging.methods.della import Della
 from evomerge.merging.methods.della_linear import DellaLinear
 from evomerge.merging.methods.fisher import Fisher
+from evomerge.merging.methods.git_rebasin import GitRebasin
 from evomerge.merging.methods.greedy_soup import GreedySoup
 from evomerge.merging.methods.iso_c import IsoC
 from evomerge.merging.methods.iso_cts import IsoCts
@@ -90,6 +91,7 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
             SensMerging(),
             AdaMerging(),
             LearnedSoup(),
+            GitRebasin(),
         )
     }
 )

@@ -8,7 +8,7 @@ architecture (those are in `families`), no checkpoint and no way to find a good 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -231,6 +231,41 @@ def inverse(spec: Spec, permutations: Permutations) -> dict[str, Tensor]:
             place = spec.like(group, int(undone[group.parent][group.unit]))
         out[group.name] = undone[place.name]
     return out
+
+
+def in_place(spec: Spec) -> Spec:
+    """The specification without the groups that are made of whole tensors: every tensor keeps its
+    name. What is inside such a group's units moves on its own."""
+    gone = {g.name for g in spec.groups if any(isinstance(b, Stacked) for b in g.binds)}
+    kept = (group for group in spec.groups if group.name not in gone)
+    return Spec(tuple(replace(g, parent=None, unit=0) if g.parent in gone else g for g in kept))
+
+
+def axis_orders(
+    spec: Spec, shapes: Mapping[str, tuple[int, ...]], permutations: Permutations
+) -> dict[tuple[str, int], Tensor]:
+    """What the permutations do to each axis of each tensor, int64 [size of the axis]: position i of
+    the result is position order[i]. Axes that keep their order are left out.
+
+    Raises MergeError for groups of whole tensors, and of slices: those are no order of an axis.
+    """
+    known = _known(spec, permutations)
+    orders: dict[str, Tensor] = {}
+    places: dict[str, tuple[str, int]] = {}
+    for group in spec.groups:
+        for bind in group.binds:
+            if isinstance(bind, Stacked) or bind.select is not None:
+                raise MergeError(f"group {group.name} does not move whole axes of one tensor")
+            key = f"{bind.param}/{bind.axis}"
+            places[key] = bind.param, bind.axis
+            orders.setdefault(key, torch.arange(shapes[bind.param][bind.axis]))
+            if group.name in known:
+                Bind(key, 0, bind.index).permute_(orders, known[group.name])
+    return {
+        places[key]: order
+        for key, order in orders.items()
+        if not torch.equal(order, torch.arange(len(order)))
+    }
 
 
 def _known(spec: Spec, permutations: Permutations) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ PROGRAMMED = [
     "sens_merging",
     "adamerging",
     "learned_soup",
+    "git_rebasin",
 ]
 
 

@@ -12,8 +12,10 @@ from evomerge.merging.structure.permutation import (
     Spec,
     Stacked,
     apply,
+    axis_orders,
     compose,
     identity,
+    in_place,
     inverse,
     random_permutations,
 )
@@ -122,3 +124,20 @@ def test_groups_inside_only_one_unit_are_refused():
         Spec((outer, inner))
     with pytest.raises(MergeError, match="before its parent"):
         Spec((inner, outer))
+
+
+def test_orders_of_axes_do_what_the_permutations_do(nested):
+    spec, state = nested
+    spec = in_place(spec)
+    p = drawn(spec, 4)
+    wanted = apply(spec, state, p)
+    found = dict(state)
+    for (name, axis), order in axis_orders(spec, {n: t.shape for n, t in state.items()}, p).items():
+        found[name] = found[name].index_select(axis, order)
+    assert same(found, wanted)
+
+
+def test_whole_tensors_are_no_order_of_an_axis(nested):
+    spec, state = nested
+    with pytest.raises(MergeError, match="does not move whole axes of one tensor"):
+        axis_orders(spec, {n: tuple(t.shape) for n, t in state.items()}, drawn(spec, 4))

@@ -1,0 +1,95 @@
+"""Git Re-Basin from models on disk to the merge: a model and its shuffled copies merge into it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_families
+import torch
+from safetensors.torch import load_file, save_file
+
+from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.errors import MergeError
+from evomerge.merging.fitted.artifact import open_artifact
+from evomerge.merging.fitted.base import fit
+from evomerge.merging.fitted.registry import get
+from evomerge.merging.merge import open_merge
+from evomerge.merging.structure.families import spec_of
+from evomerge.merging.structure.permutation import (
+    Stacked,
+    apply,
+    in_place,
+    inverse,
+    random_permutations,
+)
+
+
+@pytest.fixture(scope="module", params=["llama-tied", "gpt2", "mixtral"])
+def shuffled(request, tmp_path_factory):
+    """A problem whose source a is the base and b the base with its units out of order."""
+    folders = small_families.folders(request.param, tmp_path_factory.mktemp("models"))
+    base = Checkpoint.open(folders["base"])
+    state = {name: base.tensor(name).clone() for name in base.names}
+    spec = in_place(spec_of(base.config, {n: tuple(t.shape) for n, t in state.items()}))
+    p = random_permutations(spec, torch.Generator().manual_seed(1))
+    for name, tensors in (("a", state), ("b", apply(spec, state, p))):
+        _overwrite(Path(folders[name]), tensors)
+    return small_families.opened(folders), spec, p, state
+
+
+def _overwrite(folder, tensors):
+    (file,) = folder.glob("*.safetensors")
+    save_file(
+        load_file(file) | {n: t.contiguous() for n, t in tensors.items()}, file, {"format": "pt"}
+    )
+
+
+def fitted(problem, folder, **settings):
+    fitter = get("permutation")
+    fit(fitter, problem, fitter.settings(**settings), folder)
+    return open_artifact(folder)
+
+
+@pytest.mark.parametrize("similarity", ["weights", "correlation"])
+def test_shuffled_copies_merge_into_the_model(shuffled, tmp_path, similarity):
+    problem, spec, p, state = shuffled
+    artifact = fitted(problem, tmp_path / "artifact", similarity=similarity)
+    fused = {g for g in p if "experts" in g and similarity != "weights"}  # no layer of their own
+    for group, order in inverse(spec, p).items():
+        kept = torch.arange(len(order))
+        assert torch.equal(artifact.tensor(f"b/{group}").long(), kept if group in fused else order)
+        assert torch.equal(artifact.tensor(f"a/{group}").long(), kept)
+    merge = open_merge(small_families.recipe(problem, "git_rebasin", tmp_path / "artifact"))
+    linear = replace(merge.recipe, method="linear", artifact=None)
+    naive = open_merge(linear)
+    whole = {n: t for n, t in state.items() if not (fused and "experts" in n)}
+    assert all(torch.equal(merge.tensor(name), tensor) for name, tensor in whole.items())
+    assert not all(torch.equal(naive.tensor(name), tensor) for name, tensor in whole.items())
+
+
+def test_without_groups_of_whole_tensors_the_inner_ones_are_on_their_own(shuffled):
+    spec = shuffled[1]
+    assert not any(isinstance(bind, Stacked) for group in spec.groups for bind in group.binds)
+
+
+def test_weights_count_after_the_permutation(shuffled, tmp_path):
+    problem, spec, _, state = shuffled
+    fitted(problem, tmp_path / "artifact")
+    recipe = small_families.recipe(problem, "git_rebasin", tmp_path / "artifact")
+    a, b = recipe.sources
+    merge = open_merge(replace(recipe, sources=(a, replace(b, parameters={"weight": 3.0}))))
+    name = spec.groups[0].binds[0].param
+    torch.testing.assert_close(merge.tensor(name), state[name])
+
+
+def test_an_architecture_without_a_specification_is_refused(shuffled, tmp_path):
+    problem = shuffled[0]
+    problem.anchor.config["model_type"], before = "mamba", problem.anchor.config["model_type"]
+    try:
+        with pytest.raises(MergeError, match="no permutation specification for model_type 'mamba'"):
+            fitted(problem, tmp_path / "artifact")
+    finally:
+        problem.anchor.config["model_type"] = before
+    assert not (tmp_path / "artifact").exists()
