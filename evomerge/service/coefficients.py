@@ -16,6 +16,8 @@ from evomerge.merging.recipe import Recipe
 from evomerge.merging.values import Value, leaves, resolve
 
 Cell = tuple[str, str]  # tensor type, column
+WHOLE = "the whole recipe"
+"""The title of a parameter that no source has of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def coefficients(
 def _over_model(recipe: Recipe, parameter: str, places: Sequence[Place]) -> Coefficients:
     shared = recipe.parameters.get(parameter)
     if parameter != "weight" and not any(parameter in s.parameters for s in recipe.sources):
-        return Coefficients(parameter, (_grid("the whole recipe", shared, places),))
+        return Coefficients(parameter, (_grid(WHOLE, shared, places),))
     values = {s.name: s.parameters.get(parameter, shared) for s in recipe.sources}
     grids = [_grid(name, value, places) for name, value in values.items() if value is not None]
     if len(grids) == len(recipe.sources) > 1 and all(g.cells == grids[0].cells for g in grids):

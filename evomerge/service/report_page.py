@@ -19,7 +19,7 @@ from markupsafe import Markup
 from evomerge.merging.recipe import Recipe
 from evomerge.service import charts
 from evomerge.service.charts import Bar
-from evomerge.service.coefficients import Coefficients, coefficients, typical_tensors
+from evomerge.service.coefficients import WHOLE, Coefficients, coefficients, typical_tensors
 from evomerge.service.cost import Cost
 from evomerge.service.history import Dot, History
 from evomerge.service.measurement import Interval
@@ -45,8 +45,8 @@ _REFUSED = (
 Fact = tuple[str, str]
 
 
-def render(report: Report, record: StudyRecord) -> str:
-    """The page as text."""
+def render(report: Report, record: StudyRecord, store_option: str = "") -> str:
+    """The page as text. `store_option` is what a command needs to reach the study's store."""
     environment = Environment(
         loader=PackageLoader("evomerge.service", ""),
         autoescape=True,
@@ -68,12 +68,13 @@ def render(report: Report, record: StudyRecord) -> str:
         marked=_marked(report) is not None,
         restarts=restart_texts(report.restarts, _MOST_RESTARTS),
         shown=shown,
+        whole=WHOLE,
         parameters=[] if shown is None else _parameters(shown, record),
         recipe="" if shown is None else _yaml(shown.trial.recipe),
         costs=cost_facts(report.cost),
         spec=_yaml(record.spec),
         found=_found(record),
-        export=f"evomerge best {shlex.quote(report.study)} --export DIR",
+        export=f"evomerge best {shlex.quote(report.study)}{store_option} --export DIR",
         number=_number,
         interval=_interval,
     )

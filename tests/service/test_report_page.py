@@ -227,14 +227,19 @@ def test_every_searched_parameter_is_shown_the_main_one_first() -> None:
 def test_the_page_draws_what_varies_and_writes_what_does_not() -> None:
     study = fake.record(("add", "sort"), ("add", "sort"))
     factors = [{"low": 0.0, "high": 1.0, "init": 0.5}]
-    space = {"method": "ties", "source": {"density": factors, "weight": factors}}
+    space = {
+        "method": "ties",
+        "source": {"density": factors, "weight": factors},
+        "recipe": {"lambda": factors},
+    }
     study = replace(study, spec={**study.spec, "space": space})
     trials = [_with_density(t, {"add": 0.25, "sort": 0.75}) for t in fake.finished(study)]
     page = page_of(study, trials)
     headings = re.findall(r"<h[34]>(\w+)</h[34]>", page[page.index("recipe: trial") :])
-    assert headings == ["weight", "add", "sort", "density"]
+    assert headings == ["weight", "add", "sort", "density", "lambda"]
     text = " ".join(Page(page).text.split())
     assert "The same in every layer: add 0.250, sort 0.750." in text
+    assert "lambda The same in every layer: 1.000." in text
 
 
 def _with_density(trial: Trial, densities: dict[str, float]) -> Trial:
