@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 DEFAULT_STORE = "sqlite:///evomerge.db"
+DEFAULT_EXECUTOR = "local"
 _JSON_WIDTH = 88
 
 Store = Annotated[
@@ -24,6 +27,21 @@ Store = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON document on standard output, with stable keys.")
 ]
+
+
+def store_option(url: str) -> str:
+    """What a command that is to be pasted needs to reach this store, with a space before it.
+
+    Nothing where the environment or the default names it. A password is never printed, so that a
+    URL with one is left to the environment, which the option then reads.
+    """
+    from sqlalchemy.engine import make_url
+
+    if url == (os.environ.get("EVOMERGE_STORE") or DEFAULT_STORE):
+        return ""
+    if make_url(url).password is not None:
+        return ' --store "$EVOMERGE_STORE"'
+    return f" --store {shlex.quote(url)}"
 
 
 def without_password(url: str) -> str:

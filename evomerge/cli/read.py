@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json, print_table
+from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json, print_table, store_option
 from evomerge.errors import UserError
 from evomerge.service.ledger import utc_now
 from evomerge.service.liveness import is_running
@@ -147,7 +147,7 @@ def report(
     if output is None and json:
         return
     path = output or Path(f"{study}.html")
-    _write(path, render(found, record))
+    _write(path, render(found, record, store_option(store)))
     typer.echo(f"wrote {path}", err=True)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from evomerge.cli.bars import progress_bar
 from evomerge.cli.fit import Device
-from evomerge.cli.options import DEFAULT_STORE, AsJson, Store
+from evomerge.cli.options import DEFAULT_EXECUTOR, DEFAULT_STORE, AsJson, Store
 from evomerge.cli.run import ExecutorName, WorkerCount, show_report, with_workers
 from evomerge.errors import StudyBusy
 from evomerge.spec import StudySpec
@@ -47,7 +47,7 @@ def refine(
     ] = None,
     device: Device = "auto",
     store: Store = DEFAULT_STORE,
-    executor: ExecutorName = "local",
+    executor: ExecutorName = DEFAULT_EXECUTOR,
     workers: WorkerCount = None,
     json: AsJson = False,
 ) -> None:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from evomerge.cli.options import DEFAULT_STORE, AsJson, Store, print_json, without_password
+from evomerge.cli.options import (
+    DEFAULT_EXECUTOR,
+    DEFAULT_STORE,
+    AsJson,
+    Store,
+    print_json,
+    store_option,
+)
 from evomerge.spec import StudySpec
 from evomerge.store import open_store
 
@@ -33,7 +40,7 @@ def register(app: typer.Typer) -> None:
 def run(
     spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The study's spec.")],
     store: Store = DEFAULT_STORE,
-    executor: ExecutorName = "local",
+    executor: ExecutorName = DEFAULT_EXECUTOR,
     workers: WorkerCount = None,
     json: AsJson = False,
 ) -> None:
@@ -47,7 +54,7 @@ def run(
 def resume(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="The study's name.")],
     store: Store = DEFAULT_STORE,
-    executor: ExecutorName = "local",
+    executor: ExecutorName = DEFAULT_EXECUTOR,
     workers: WorkerCount = None,
     json: AsJson = False,
 ) -> None:
@@ -74,7 +81,7 @@ def show_report(report: Report, store: str, *, json: bool) -> None:
         print_json(report.to_json())
         return
     print_report(report, Console(file=sys.stdout))
-    option = "" if store == DEFAULT_STORE else f" --store {without_password(store)}"
+    option = store_option(store)
     next_steps = {
         f"evomerge best {report.study}{option} --export DIR": "take the winner home",
         f"evomerge report {report.study}{option} -o FILE.html": "the whole story in one page",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from evomerge.cli.options import DEFAULT_STORE, without_password
+from evomerge.cli.options import DEFAULT_EXECUTOR, store_option
 from evomerge.cli.stopping import Stop
 from evomerge.documents import read_yaml
 from evomerge.errors import SpecError, StoreUnreachable, UserError
@@ -46,9 +46,9 @@ def run_study(
             if not stop.asked:
                 raise
             why = f"stopped without the store ({error})"
+    go_on = resume_command(spec.name, url, executor_name) if stop.began else "the same command"
     view.note(
-        f"{why}; nothing finished is lost, and what was cut off will run again. "
-        "To go on: the same command"
+        f"{why}; nothing finished is lost, and what was cut off will run again. To go on: {go_on}"
     )
     raise typer.Exit(130)
 
@@ -78,7 +78,8 @@ def _run(
             with view, stop.gently(controller):
                 done = controller.run()
     if not done:
-        view.note(f"stopped; nothing is lost. To go on: {resume_command(spec.name, url)}")
+        go_on = resume_command(spec.name, url, executor_name)
+        view.note(f"stopped; nothing is lost. To go on: {go_on}")
         raise typer.Exit(130)
     return stored_report(store.study(spec.name), store)
 
@@ -113,11 +114,10 @@ def _inspected(spec: StudySpec, executor_name: str) -> list[str]:
     return []
 
 
-def resume_command(study: str, url: str) -> str:
-    """What to type to go on with a study."""
-    return f"evomerge resume {study}" + (
-        "" if url == DEFAULT_STORE else f" --store {without_password(url)}"
-    )
+def resume_command(study: str, url: str, executor_name: str) -> str:
+    """What to type to go on with a study; the store keeps the rest."""
+    executor = "" if executor_name == DEFAULT_EXECUTOR else f" --executor {executor_name}"
+    return f"evomerge resume {study}{store_option(url)}{executor}"
 
 
 @contextlib.contextmanager

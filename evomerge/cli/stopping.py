@@ -21,7 +21,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """Handles the signals within a `with`; `asked` once one came.
+    """Handles the signals within a `with`; `asked` once one came, `began` once a controller ran.
 
     A signal interrupts what goes on with KeyboardInterrupt, except within `gently`: there the first
     lets running attempts finish and the second stops at once. SIGHUP is left alone where `nohup`
@@ -29,7 +29,7 @@ class Stop:
     """
 
     def __init__(self, view: View) -> None:
-        self.asked = False
+        self.asked = self.began = False
         self._view = view
         self._controller: Controller | None = None
 
@@ -54,7 +54,7 @@ class Stop:
     @contextlib.contextmanager
     def gently(self, controller: Controller) -> Iterator[None]:
         """While the controller runs, it is told to stop."""
-        self._controller = controller
+        self._controller, self.began = controller, True
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from stored import store_study
 import evomerge
 from evomerge.cli.main import app
 from evomerge.cli.main import main as command_line
-from evomerge.cli.options import json_text
+from evomerge.cli.options import json_text, store_option
 from evomerge.cli.read import score_json
 from evomerge.cli.running import resume_command
 from evomerge.sampling import Restart
@@ -376,8 +377,24 @@ def test_colour_is_off_where_asked(url: str) -> None:
     assert "\x1b[3" not in text
 
 
-def test_no_hint_prints_a_password() -> None:
-    hint = resume_command("mine", "postgresql+psycopg://me:secret@host/db")
-    assert "secret" not in hint
-    assert hint.endswith("--store postgresql+psycopg://me:***@host/db")
-    assert resume_command("mine", "sqlite:///other.db").endswith("--store sqlite:///other.db")
+def test_hints_name_a_store_so_that_they_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret, default = "postgresql+psycopg://me:secret@host/db", "sqlite:///evomerge.db"
+    monkeypatch.delenv("EVOMERGE_STORE", raising=False)
+    assert resume_command("mine", default, "local") == "evomerge resume mine"
+    assert store_option("sqlite:///other.db") == " --store sqlite:///other.db"
+    assert shlex.split(store_option("sqlite:///my db?x=1&y=2"))[1] == "sqlite:///my db?x=1&y=2"
+    assert store_option(secret) == ' --store "$EVOMERGE_STORE"'
+    monkeypatch.setenv("EVOMERGE_STORE", secret)
+    assert resume_command("mine", secret, "ray") == "evomerge resume mine --executor ray"
+    assert store_option(default) == f" --store {default}", "given beside the environment"
+
+
+def test_the_page_names_the_store_as_hints_do(
+    call: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("report", "zoo-ties", "-o", "a.html")[0] == 0
+    assert "evomerge best zoo-ties --export DIR" in Path("a.html").read_text(encoding="utf-8")
+    monkeypatch.setenv("EVOMERGE_STORE", "sqlite:///another.db")
+    assert call("report", "zoo-ties", "-o", "b.html", "--store", url)[0] == 0
+    page = Path("b.html").read_text(encoding="utf-8")
+    assert f"evomerge best zoo-ties --store {url} --export DIR" in page

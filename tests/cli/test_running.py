@@ -106,7 +106,7 @@ def test_a_study_that_is_stopped_in_every_way_ends_as_if_it_never_was(
     code, out, err = second.end()
     assert (code, out) == (130, "")
     assert "stopped at once" in err
-    assert err.endswith("To go on: the same command\n")
+    assert err.endswith("To go on: evomerge resume s\n")
     assert not worker.is_running()
 
     code, out, err = done(tmp_path, "run", write_spec(tmp_path, tiny_zoo, trials=400, seed=1))

@@ -30,9 +30,10 @@ def goes_on_to_the_same_end(place: Place, run: Callable[..., Process]) -> None:
     assert place.table() == uninterrupted(place.spec)
 
 
-STOPPED = "stopped; nothing is lost. To go on: evomerge resume synthetic --store "
+STOPPED = "stopped; nothing is lost. To go on: evomerge resume synthetic"
 AT_ONCE = (
-    "nothing finished is lost, and what was cut off will run again. To go on: the same command"
+    "nothing finished is lost, and what was cut off will run again. "
+    "To go on: evomerge resume synthetic"
 )
 
 
@@ -87,7 +88,8 @@ def test_while_models_are_inspected(tmp_path: Path, run: Callable[..., Process])
     place.until_began("inspect", process)
     process.send(signal.SIGTERM)
     assert process.end() == 130
-    assert process.last_line == f"stopped at once; {AT_ONCE}"
+    assert process.last_line.startswith("stopped at once; ")
+    assert process.last_line.endswith("To go on: the same command"), "there is none to resume yet"
     with pytest.raises(StoreError, match="no study"):
         place.trials()
     place.let_go("inspect")
