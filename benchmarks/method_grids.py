@@ -38,9 +38,9 @@ class Grid:
 
 # of a sum of four task vectors; 0.25 is their mean
 SUM = (0.25, 0.15, 0.2, 0.3, 0.35, 0.4, 0.5)
-SHORT_SUM = (0.25, 0.2, 0.3, 0.4)
+SHORT_SUM = (0.25, 0.15, 0.2, 0.3, 0.4)
 # of a mean of what agrees
-MEAN = (1.0, 0.7, 1.2, 1.5)
+MEAN = (1.0, 0.3, 0.5, 0.7, 1.2)
 # as the released code has it, but for its φ
 _DAM_RELEASED = {"tokens": "all", "batch_size": 1, "epochs": 1, "learning_rate": 1e-3}
 _DAM_AROUND_BASE = {
@@ -71,7 +71,7 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
         "consensus_ties": (
             Grid({"density": (0.8, 0.2), "agree": (1, 2), "lambda": (0.3, 0.4, 0.5)}),
         ),
-        "sce": (Grid({"density": (1.0, 0.1, 0.3, 0.5, 0.8)}),),
+        "sce": (Grid({"density": (1.0, 0.01, 0.03, 0.1, 0.3)}),),
         "ram": (Grid({"epsilon": (1e-5, 1e-3, 1e-2)}),),
         "pcb": (Grid({"ratio": (0.1, 0.2, 0.5), "lambda": MEAN}),),
         # --- singular vectors
@@ -103,7 +103,7 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
                     "base_method": ("ties",),
                     "density": (1.0, 0.5),
                     "temperature": (1.0, 0.1),
-                    "lambda": (1.0, 1.2),
+                    "lambda": (0.3, 0.5, 0.7),
                 },
                 label="on ties",
             ),

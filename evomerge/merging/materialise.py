@@ -41,7 +41,7 @@ def load_model(
         empty = skeleton(checkpoint, otherwise="it cannot be spread over several devices")
         placed["device_map"] = spread(empty, (device, *others), DTYPES[dtype] if dtype else None)
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 dtype=wanted,
@@ -60,7 +60,8 @@ def load_model(
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """While the block runs, transformers draws none."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

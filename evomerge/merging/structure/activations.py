@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from evomerge.errors import MergeError, UserError
 from evomerge.merging.conversion import places
@@ -176,6 +175,8 @@ def _site(bind: Bind) -> Site:
 
 def _side(module: nn.Module | None, axis: int) -> Literal["input", "output"] | None:
     """Whether an axis of a layer's weight is that of its inputs or of its outputs."""
+    from transformers.pytorch_utils import Conv1D
+
     if isinstance(module, nn.Linear | nn.Conv2d) and axis < 2:
         return "input" if axis == 1 else "output"
     if isinstance(module, Conv1D) and axis < 2:

@@ -21,6 +21,7 @@ from evomerge.merging.structure.activations import Live, activation_matching, mo
 from evomerge.merging.structure.families import spec_of
 from evomerge.merging.structure.matching import Matching, weight_matching
 from evomerge.merging.structure.permutation import Spec, axis_orders, in_place
+from evomerge.merging.structure.trial_network import prove
 
 
 class PermutationSettings(Settings):
@@ -36,6 +37,7 @@ class PermutationFit(Fitter):
     """The permutation of every group of each source to the reference: the base, or the first
     source by name where there is none.
 
+    The specification is first proved on a tiny network of the reference's config.
     Whole experts keep their place, since a merge sees one tensor at a time; the neurons inside each
     are matched. Memory: the weights of two models, or two live models in float32 and a table of
     c × c for each layer side of c units. Artifact: `order_key` int32 for each axis that moves, and
@@ -51,6 +53,7 @@ class PermutationFit(Fitter):
 
     def fit(self, problem: Problem, settings: Any, draft: Draft, watch: Watch) -> None:
         anchor = problem.anchor
+        prove(anchor.config)
         shapes = {name: anchor.shape(name) for name in anchor.names}
         spec = in_place(spec_of(anchor.config, shapes))
         for done, (source, model) in enumerate(problem.sources.items(), 1):

@@ -22,8 +22,8 @@ from evomerge.merging.structure.permutation import (
     Spec,
     Stacked,
     State,
-    compose,
     identity,
+    moved_on,
 )
 
 _GAIN = 1e-12  # of Git Re-Basin's code; relative, for sums of large numbers round by more
@@ -107,10 +107,7 @@ class _Descent:
         self.permutations = identity(spec)
         self._done: set[str] = set()
         self._claims: dict[Hashable, set[str]] = defaultdict(set)
-        self._inside: dict[tuple[str, int], list[Group]] = defaultdict(list)
         for group in spec.groups:
-            if group.parent is not None:
-                self._inside[group.parent, group.unit].append(group)
             for bind in group.binds:
                 for key in likeness.keys(bind):
                     self._claims[key].add(group.name)
@@ -167,12 +164,14 @@ class _Descent:
 
     def _move(self, group: Group, order: Tensor) -> None:
         self.likeness.move(group, order)
-        self.permutations = compose(self.spec, self.permutations, {group.name: order})
+        self.permutations = moved_on(self.spec, self.permutations, group, order)
 
     def _nested(self, group: Group) -> Tensor | None:
         """Similarity by what is settled, with the best assignment of what is inside each unit."""
         table = self.similarity(group, group, self._settled)
-        inside = [self._inside[group.name, unit] for unit in range(group.size)]
+        inside: list[list[Group]] = [[] for _ in range(group.size)]
+        for part in self.spec.inside(group):
+            inside[part.unit].append(part)
         for row, mine in enumerate(inside):
             for column, theirs in enumerate(inside):
                 for part, like in zip(mine, theirs, strict=True):

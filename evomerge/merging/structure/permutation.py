@@ -7,7 +7,7 @@ architecture (those are in `families`), no checkpoint and no way to find a good 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -157,9 +157,17 @@ class Spec:
         """The group of the same role inside another unit of its parent."""
         return self._by_place[self._place(group, unit)]
 
-    def inside(self, group: Group, unit: int) -> Iterator[Group]:
-        """The groups inside one unit of a group."""
-        return (g for g in self._by_place.values() if g.parent == group.name and g.unit == unit)
+    def inside(self, group: Group) -> tuple[Group, ...]:
+        """The groups inside the units of a group."""
+        return self._inside.get(group.name, ())
+
+    @cached_property
+    def _inside(self) -> dict[str, tuple[Group, ...]]:
+        found: dict[str, tuple[Group, ...]] = {}
+        for group in self.groups:
+            if group.parent is not None:
+                found[group.parent] = (*found.get(group.parent, ()), group)
+        return found
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises MergeError for the first bind that does not fit tensors of these shapes."""
@@ -217,6 +225,16 @@ def compose(spec: Spec, first: Permutations, then: Permutations) -> dict[str, Te
         if group.parent is not None:
             before = spec.like(group, int(then[group.parent][group.unit]))
         out[group.name] = first[before.name][then[group.name]]
+    return out
+
+
+def moved_on(
+    spec: Spec, permutations: Mapping[str, Tensor], group: Group, order: Tensor
+) -> dict[str, Tensor]:
+    """`compose` with a permutation of one group, where `permutations` has every group."""
+    out = {**permutations, group.name: permutations[group.name][order]}
+    for part in spec.inside(group):
+        out[part.name] = permutations[spec.like(part, int(order[part.unit])).name]
     return out
 
 

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.errors import MergeError
 from evomerge.merging.conversion import Part, places
 from evomerge.merging.layout import tensor_type
+from evomerge.merging.materialise import no_progress_bars
 from evomerge.merging.structure.check import FLOAT64, Report, check
 from evomerge.merging.structure.families import family, spec_of
 from evomerge.merging.structure.permutation import Spec, State
 from evomerge.merging.structure.units import Shapes
 
-# Of the full size, or of the full vocabulary.
-_REMOVED = ("layer_types", "quantization_config", "pad_token_id", "bos_token_id", "eos_token_id")
+_REMOVED = ("layer_types", "quantization_config")  # of the full size
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")  # beyond the tiny vocabulary
 
 
 class TrialNetwork:
@@ -98,19 +100,25 @@ def _model(config: Mapping[str, Any]) -> Any:
     import transformers
 
     settings = {k: v for k, v in config.items() if k not in ("model_type", *_REMOVED)}
-    settings |= {**family(config).tiny, "pad_token_id": None}
-    tiny = transformers.AutoConfig.for_model(config["model_type"], **settings)
+    settings |= {**family(config).tiny, **dict.fromkeys(_TOKENS)}
     architecture = next(iter(config.get("architectures") or ()), "")
     known = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
     make = getattr(known, "_from_config", None) or known.from_config
-    model = make(tiny, attn_implementation="eager")
+    try:
+        tiny = transformers.AutoConfig.for_model(config["model_type"], **settings)
+        model = make(tiny, attn_implementation="eager")
+    except Exception as error:  # whatever a config of transformers may raise
+        raise MergeError(
+            f"no tiny network of this config of {config['model_type']!r} can be built to prove its"
+            f" permutation groups on: {' '.join(str(error).split())}"
+        ) from error
     if hasattr(model, "set_experts_implementation"):  # others have no float64
         model.set_experts_implementation("eager")
     return model
 
 
 def _stored_shapes(model: Any) -> Shapes:
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, no_progress_bars():
         model.save_pretrained(folder)
         checkpoint = Checkpoint.open(folder)
         return {name: checkpoint.shape(name) for name in checkpoint.names}

@@ -11,7 +11,7 @@ from evomerge.errors import MergeError
 from evomerge.merging.structure.check import check
 from evomerge.merging.structure.families import spec_of
 from evomerge.merging.structure.permutation import Bind, Group, Spec
-from evomerge.merging.structure.trial_network import TrialNetwork
+from evomerge.merging.structure.trial_network import TrialNetwork, prove
 from evomerge.merging.structure.units import blocks
 
 ATTENTION = "model.layers.0.self_attn."
@@ -78,3 +78,8 @@ def test_a_tensor_nobody_accounts_for_is_refused(llama):
     shapes = network.shapes | {"model.layers.0.mlp.surprise.weight": (12, 32)}
     with pytest.raises(MergeError, match=r"surprise.weight: the permutation specification of"):
         spec_of(network.config, shapes)
+
+
+def test_a_config_that_makes_no_network_is_refused():
+    with pytest.raises(MergeError, match="no tiny network of this config of 'llama' can be built"):
+        prove({"model_type": "llama", "hidden_act": "sigmoidal"})
