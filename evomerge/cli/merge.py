@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from evomerge.cli.bars import byte_bar
 from evomerge.cli.experts import merge_experts_of
 from evomerge.cli.fit import Device, fit_recipe
 from evomerge.cli.options import AsJson, print_json
+from evomerge.errors import SpecError
 
 if TYPE_CHECKING:
     from evomerge.merging.plan import Plan
@@ -73,31 +75,46 @@ def merge(
     if artifact is not None:
         known = replace(known, artifact=ModelRef(str(artifact)))
     if plan:
-        _show_plan(known, largest, json=json)
+        with _named(recipe):
+            _show_plan(known, largest, json=json)
     elif directory is None:
         raise typer.BadParameter("give a folder for the result, or --plan", param_hint="OUT_DIR")
     else:
         check_free(directory)
-        if artifact is not None and fits:
-            fit_recipe(recipe, artifact, device=device)
-        export_recipe(known, directory, shard_bytes=largest)
+        with _named(recipe):
+            if artifact is not None and fits:
+                fit_recipe(recipe, artifact, device=device)
+            export_recipe(known, directory, shard_bytes=largest)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong with the recipe is said of its file."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(
+            str(path) if error.subject == "recipe" else error.subject, error.problems
+        ) from None
 
 
 def export_recipe(recipe: Recipe, directory: Path, *, shard_bytes: int | None = None) -> None:
-    """Export with a progress bar on standard error."""
+    """Export with a progress bar on standard error, which a recipe that is refused never sees."""
     from evomerge.merging.export import SHARD_BYTES, export
 
-    with byte_bar() as bar:
-        task = bar.add_task("merging", total=None)
+    bar = byte_bar()
+    task = bar.add_task("merging", total=None)
+    with contextlib.ExitStack() as drawn:
+
+        def progress(done: int, total: int) -> None:
+            if not bar.live.is_started:
+                drawn.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
         try:
-            export(
-                recipe,
-                directory,
-                shard_bytes=shard_bytes or SHARD_BYTES,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+            export(recipe, directory, shard_bytes=shard_bytes or SHARD_BYTES, progress=progress)
         except KeyboardInterrupt:
-            bar.stop()
+            drawn.close()
             hint = "the same command goes on after the last whole file"
             typer.echo(f"evomerge: interrupted; {hint}", err=True)
             raise typer.Exit(130) from None

@@ -67,6 +67,9 @@ class _InThisProcess:
             json.loads(json.dumps(answer_inspection(self._worker.inspect, sent)))
         )
 
+    def pool(self) -> None:
+        return None
+
     def close(self, *, now: bool) -> None:
         pass
 
@@ -326,6 +329,18 @@ def test_a_recipe_with_one_fault(
 ) -> None:
     recipe = write_recipe(folder / "recipe.yaml", **changes)
     refused(evomerge, folder, ["merge", recipe, folder / "out"], *fragments)
+
+
+@pytest.mark.parametrize("arguments", [["out"], ["--plan"]], ids=" ".join)
+def test_a_refused_recipe_is_named_by_its_file_and_draws_no_bar(
+    evomerge: Callable[..., Answer], folder: Path, arguments: list[str]
+) -> None:
+    recipe = write_recipe(folder / "mine.yaml", parameters={"lamda": 1})
+    answer = evomerge("merge", recipe, *arguments)
+    assert answer.code == 2
+    (line,) = answer.err.splitlines()
+    assert line.startswith(f"evomerge: {recipe}: ")
+    assert "has no parameter 'lamda'" in line
 
 
 def test_a_task_file_that_does_not_parse(evomerge: Callable[..., Answer], folder: Path) -> None:
