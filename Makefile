@@ -1,12 +1,14 @@
-# `make demo` and `make test` work from a bare checkout: each sets itself up in .venv first.
+# All work from a bare checkout: each sets itself up in .venv first; `make install` does that alone.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo install test check format clean
 demo: $(STAMP)
 	$(BIN)/evomerge demo
+
+install: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --dist loadfile
