@@ -1,7 +1,7 @@
 """The laws of merge methods, as functions that a method's author can run.
 
     for seed in range(100):
-        for broken in broken_laws(MyMethod(), OBEYED["task_arithmetic"], random_case(seed)):
+        for broken in broken_laws(MyMethod(), obeyed(), random_case(seed)):
             print(broken)
 
 A law takes a method and a case (a base, sources, parameters) and raises LawBroken. Which laws a
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from evomerge.merging.methods.base import Block, Coefficients, Fitted, MergeMethod, Parameter
-from evomerge.merging.methods.sens_merging import BASE_METHODS
 from evomerge.merging.values import Scalar
 from evomerge.testing.fitted_cases import LEARNED
 
@@ -242,226 +241,9 @@ _ALWAYS: tuple[Law, ...] = (
 Obeyed = Sequence[tuple[Law, Parameters]]
 
 
-def _obeyed(*laws: tuple[Law, Parameters]) -> Obeyed:
+def obeyed(*laws: tuple[Law, Parameters]) -> Obeyed:
+    """These laws, and those that every method obeys."""
     return (*((law, MappingProxyType({})) for law in _ALWAYS), *laws)
-
-
-_TASK_VECTORS: tuple[tuple[Law, Parameters], ...] = (
-    (zero_scale_is_base, {"lambda": 0.0}),
-    (zero_scale_is_base, {"weight": 0.0}),
-    (untrained_is_base, {}),
-    (scales_with_task_vectors, {}),
-)
-_SPHERE: tuple[tuple[Law, Parameters], ...] = (
-    (untrained_is_base, {"weight": 0.3, "normalize": True}),
-    (copies_are_source, {"weight": 0.3, "normalize": True}),
-    (scales_with_task_vectors, {}),
-    *((cutting_is_irrelevant, {"origin": origin}) for origin in ("zero", "base")),
-)
-_NEUTRAL: Parameters = {"lambda": 1.0, "weight": 1.0, "normalize": False}
-_MEAN: Parameters = {"lambda": 1.0, "weight": 1.0, "normalize": True}
-
-OBEYED: Mapping[str, Obeyed] = MappingProxyType(
-    {
-        "linear": _obeyed(
-            (neutral_is_source, {"weight": 0.7, "normalize": True}),
-            (neutral_is_source, {"weight": 1.0, "normalize": False}),
-            (untrained_is_base, {"weight": 0.3, "normalize": True}),
-            (copies_are_source, {"weight": 0.3, "normalize": True}),
-            (scales_with_task_vectors, {}),
-        ),
-        "greedy_soup": _obeyed((copies_are_source, {})),
-        "dam": _obeyed(
-            (inputs_are_untouched, {"detail": 0.0}), (cutting_is_irrelevant, {"scale": 1.0})
-        ),
-        "fisher": _obeyed(
-            (weightless_is_absent, {}),
-            (neutral_is_source, {"weight": 0.7}),
-            (untrained_is_base, {}),
-            (copies_are_source, {}),
-            (scales_with_task_vectors, {}),
-        ),
-        "regmean": _obeyed(
-            (weightless_is_absent, {}),
-            (neutral_is_source, {"weight": 0.7}),
-            (untrained_is_base, {}),
-            (copies_are_source, {}),
-            (scales_with_task_vectors, {}),
-        ),
-        "mats": _obeyed(
-            (weightless_is_absent, {}),
-            (neutral_is_source, {"weight": 0.7, "init": "average"}),
-            (untrained_is_base, {}),
-            (zero_scale_is_base, {"iterations": 0.0, "init": "task_arithmetic", "lambda": 0.0}),
-            (copies_are_source, {"init": "average"}),
-            (scales_with_task_vectors, {}),
-        ),
-        "passthrough": _obeyed((neutral_is_source, {"scale": 1.0})),
-        "task_arithmetic": _obeyed(
-            *_TASK_VECTORS,
-            (neutral_is_source, _NEUTRAL),
-            (neutral_is_source, {"lambda": 1.0, "weight": 0.3, "normalize": True}),
-            (copies_are_source, _MEAN),
-        ),
-        "ties": _obeyed(
-            *_TASK_VECTORS,
-            (neutral_is_source, {**_NEUTRAL, "density": 1.0}),
-            (neutral_is_source, {**_MEAN, "density": 1.0, "weight": 0.3, "aggregate": "mean"}),
-            (copies_are_source, {**_MEAN, "density": 1.0, "aggregate": "mean"}),
-            (cutting_is_irrelevant, {"scope": "global", "sign_tie": "majority"}),
-            (cutting_is_irrelevant, {"scope": "tensor", "weight": 1.0, "sign_tie": "majority"}),
-            (supports_are_nested, {**_MEAN, "ties_at_threshold": "exact"}),
-        ),
-        "dare_linear": _obeyed(
-            *_TASK_VECTORS,
-            (neutral_is_source, {**_NEUTRAL, "density": 1.0}),
-            (copies_are_source, {**_MEAN, "density": 1.0}),
-            (seed_decides, {**_NEUTRAL, "density": 0.5}),
-            (supports_are_nested, _NEUTRAL),
-            (cutting_is_irrelevant, {"rescale": "l1", "density": 0.5}),
-        ),
-        "dare_ties": _obeyed(
-            *_TASK_VECTORS,
-            (neutral_is_source, {**_NEUTRAL, "density": 1.0}),
-            (copies_are_source, {**_MEAN, "density": 1.0, "aggregate": "mean"}),
-            (seed_decides, {**_NEUTRAL, "density": 0.5}),
-            (supports_are_nested, _NEUTRAL),
-            (cutting_is_irrelevant, {"rescale": "l1", "density": 0.5, "weight": 1.0}),
-        ),
-        "consensus": _obeyed(
-            *_TASK_VECTORS,
-            (weightless_is_absent, {}),
-            (neutral_is_source, {"lambda": 1.0, "weight": 1.0, "agree": 1.0}),
-        ),
-        "consensus_ties": _obeyed(
-            *_TASK_VECTORS,
-            (weightless_is_absent, {}),
-            (neutral_is_source, {"lambda": 1.0, "weight": 1.0, "density": 1.0, "agree": 1.0}),
-            (cutting_is_irrelevant, {"scope": "global", "sign_tie": "majority", "weight": 1.0}),
-        ),
-        "iso_c": _obeyed(*_TASK_VECTORS, (weightless_is_absent, {})),
-        "iso_cts": _obeyed(*_TASK_VECTORS, (weightless_is_absent, {})),
-        "tsv_m": _obeyed(
-            *_TASK_VECTORS,
-            (weightless_is_absent, {}),
-            (neutral_is_source, {"lambda": 1.0, "weight": 1.0}),
-        ),
-        "pcb": _obeyed(
-            (zero_scale_is_base, {"lambda": 0.0}),
-            (zero_scale_is_base, {"weight": 0.0}),
-            (zero_scale_is_base, {"ratio": 0.0}),
-            (untrained_is_base, {}),
-            (weightless_is_absent, {}),
-        ),
-        "widen": _obeyed(
-            *_TASK_VECTORS,
-            (weightless_is_absent, {}),
-            (neutral_is_source, {"lambda": 1.0, "weight": 1.0, "calibration": 1.0}),
-        ),
-        "slerp": (
-            (neutral_is_source, {"t": 1.0}),
-            (untrained_is_base, {}),
-            (copies_are_source, {}),
-            (scales_with_task_vectors, {}),
-            (cutting_is_irrelevant, {}),
-            (inputs_are_untouched, {}),
-            (extremes_stay_finite, {}),
-        ),
-        "nuslerp": _obeyed(*_SPHERE),
-        "multislerp": _obeyed(
-            *_SPHERE,
-            (neutral_is_source, {"weight": 0.3, "normalize": True}),
-            (weightless_is_absent, {}),
-        ),
-        "karcher": _obeyed(
-            *_SPHERE, (neutral_is_source, {"weight": 0.3}), (weightless_is_absent, {})
-        ),
-        "model_stock": _obeyed(
-            (untrained_is_base, {}),
-            (copies_are_source, {}),
-            (scales_with_task_vectors, {}),
-            (cutting_is_irrelevant, {"vectors": "row"}),
-        ),
-        "sce": _obeyed(
-            (zero_scale_is_base, {"density": 0.0}),
-            (neutral_is_source, {"density": 1.0}),
-            (untrained_is_base, {}),
-            (copies_are_source, {"density": 1.0, "normalize": True}),
-            (scales_with_task_vectors, {"uniform_below": 0.0}),
-            (cutting_is_irrelevant, {"density": 0.5, "sign_tie": "majority"}),
-        ),
-        "breadcrumbs": _obeyed(
-            *_TASK_VECTORS,
-            (neutral_is_source, {**_NEUTRAL, "density": 1.0}),
-            (copies_are_source, {**_MEAN, "density": 1.0}),
-            (supports_are_nested, {**_NEUTRAL, "scope": "tensor"}),
-            (weightless_is_absent, {}),
-            *((cutting_is_irrelevant, {"scope": scope}) for scope in ("row", "tensor")),
-        ),
-        "breadcrumbs_ties": _obeyed(
-            *_TASK_VECTORS,
-            (neutral_is_source, {**_NEUTRAL, "density": 1.0}),
-            (copies_are_source, {**_MEAN, "density": 1.0, "aggregate": "mean"}),
-            (supports_are_nested, {**_NEUTRAL, "scope": "tensor"}),
-            (weightless_is_absent, {}),
-            *((cutting_is_irrelevant, {"scope": scope}) for scope in ("row", "tensor")),
-        ),
-        "della": _obeyed(
-            *_TASK_VECTORS,
-            (neutral_is_source, {**_NEUTRAL, "density": 1.0}),
-            (copies_are_source, {**_MEAN, "density": 1.0, "aggregate": "mean"}),
-            (seed_decides, {**_NEUTRAL, "density": 0.5}),
-            (supports_are_nested, _NEUTRAL),
-            (weightless_is_absent, {}),
-            (cutting_is_irrelevant, {"rescale": "l1", "density": 0.5, "weight": 1.0}),
-        ),
-        "della_linear": _obeyed(
-            *_TASK_VECTORS,
-            (neutral_is_source, {**_NEUTRAL, "density": 1.0}),
-            (copies_are_source, {**_MEAN, "density": 1.0}),
-            (seed_decides, {**_NEUTRAL, "density": 0.5}),
-            (supports_are_nested, _NEUTRAL),
-            (weightless_is_absent, {}),
-            (cutting_is_irrelevant, {"rescale": "l1", "density": 0.5}),
-        ),
-        "ram": _obeyed(
-            (zero_scale_is_base, {"epsilon": 1e9, "r": 0.0}),
-            (neutral_is_source, {"epsilon": 0.0, "r": 0.0}),
-            (untrained_is_base, {}),
-            (copies_are_source, {"epsilon": 0.0, "r": 0.0}),
-            (scales_with_task_vectors, {"epsilon": 0.0}),
-        ),
-        "arcee_fusion": _obeyed(
-            (neutral_is_source, {"iqr_factor": -1e9}),
-            (untrained_is_base, {}),
-        ),
-        "nearswap": _obeyed(
-            (zero_scale_is_base, {"t": 0.0}),
-            (neutral_is_source, {"t": 1e9}),
-            (untrained_is_base, {}),
-        ),
-        "sens_merging": _obeyed(
-            (zero_scale_is_base, {"lambda": 0.0}),
-            (untrained_is_base, {}),
-            (scales_with_task_vectors, {}),
-            (neutral_is_source, {"lambda": 1.0, "density": 1.0}),
-            (seed_decides, {"base_method": "dare_linear", "lambda": 1.0, "density": 0.5}),
-            *((cutting_is_irrelevant, {"base_method": name}) for name in BASE_METHODS),
-        ),
-        "adamerging": _obeyed(
-            (zero_scale_is_base, {"scale": 0.0}),
-            (untrained_is_base, {}),
-        ),
-        "learned_soup": _obeyed(
-            (neutral_is_source, {"blend": 0.0}),
-            (untrained_is_base, {}),
-            (copies_are_source, {}),
-            (scales_with_task_vectors, {}),
-        ),
-        "git_rebasin": _obeyed((weightless_is_absent, {})),
-    }
-)
-"""The laws that each method shipped obeys, with the parameters that the law needs."""
 
 
 def broken_laws(method: MergeMethod, obeyed: Obeyed, case: Case) -> list[str]:

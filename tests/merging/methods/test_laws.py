@@ -19,13 +19,13 @@ from evomerge.merging.methods.linear import Linear
 from evomerge.merging.methods.registry import METHODS
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
 from evomerge.testing.merge_laws import (
-    OBEYED,
     LawBroken,
     broken_laws,
     merged,
     random_case,
     zero_scale_is_base,
 )
+from evomerge.testing.shipped_laws import OBEYED
 
 
 @pytest.mark.parametrize("name", METHODS)
