@@ -357,15 +357,12 @@ def _bring_token() -> None:
 
     `ray.init` with an address does not look for it. The mode was read when ray was imported.
     """
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    try:
-        from ray._raylet import AuthenticationTokenLoader, Config  # there is no public way
-    except ImportError:  # a Ray from before tokens
-        return
-    if AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+    core: Any = ray._raylet  # there is no public way
+    if "RAY_AUTH_MODE" in os.environ or not hasattr(core, "AuthenticationTokenLoader"):
+        return  # it was decided, or this Ray is from before tokens
+    if core.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         os.environ["RAY_AUTH_MODE"] = "token"
-        Config.initialize("")
+        core.Config.initialize("")
 
 
 def _why_not(error: Exception) -> str:
