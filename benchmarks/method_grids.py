@@ -73,10 +73,10 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
         ),
         "sce": (Grid({"density": (1.0, 0.01, 0.03, 0.1, 0.3)}),),
         "ram": (Grid({"epsilon": (1e-5, 1e-3, 1e-2)}),),
-        "pcb": (Grid({"ratio": (0.1, 0.2, 0.5), "lambda": MEAN}),),
+        "pcb": (Grid({"ratio": (0.1, 0.05, 0.2), "lambda": MEAN}),),
         # --- singular vectors
-        "iso_c": (Grid({"lambda": (1.0, 0.3, 0.6, 1.5, 2.0)}),),
-        "iso_cts": (Grid({"lambda": (1.0, 0.3, 0.6, 1.5, 2.0)}),),
+        "iso_c": (Grid({"lambda": (1.0, 0.3, 0.45, 0.6, 0.8)}),),
+        "iso_cts": (Grid({"lambda": (1.0, 0.3, 0.45, 0.6, 0.8)}),),
         "tsv_m": (Grid({"lambda": (1.0, 0.2, 0.3, 0.4, 0.6)}),),
         # --- learned from data
         "greedy_soup": (Grid(fits=({}, {"metric": "loss"})),),
