@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from evomerge.sampling.base import Restart, Sampler, Told
 from evomerge.spec import SamplerSpec
 from evomerge.trial import Genome
 
-__all__ = ["Restart", "Sampler", "Told", "make_sampler"]
+__all__ = ["Restart", "Sampler", "Told", "make_sampler", "versions"]
+
+_OURS = "2"  # raised whenever the same tells lead to other genomes
+
+
+def versions(spec: SamplerSpec) -> dict[str, str]:
+    """What decides, with a study's history, which genomes come next: versions by package."""
+    library = {"cmaes": "cmaes", "random": "numpy"}.get(spec.name, "optuna")
+    found = {package: version(package) for package in sorted({library, "numpy"})}
+    return {"evomerge.sampling": _OURS, **found}
 
 
 def make_sampler(

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 from evomerge.errors import StudyChanged, StudyNotFound
 from evomerge.merging.recipe import ModelRef, Recipe
-from evomerge.sampling import make_sampler
+from evomerge.sampling import make_sampler, versions
 from evomerge.sampling.base import Sampler
 from evomerge.service.baselines import baselines
 from evomerge.service.changes import changes, text_changes
@@ -102,14 +102,15 @@ def open_study(
     record = StudyRecord(spec.name, document, inspection, inspection["scorer_digest"], clock())
     known = _known(store, spec.name)
     if known is None:
-        record = replace(record, inspection=inspection | good_genomes(spec, document, store))
+        start = good_genomes(spec, document, store) | {"sampler": versions(spec.sampler)}
+        record = replace(record, inspection=inspection | start)
         store.create_study(record)
         return record
     if (path := spec.sampler.start) != asked.sampler.start:
         inspection["digests"] |= {path: known.inspection["digests"][path]}
     _same(spec.name, changes(known, record))
     # what the study started from stays, whatever has become of earlier studies and artifacts since
-    start = {k: v for k, v in known.inspection.items() if k in ("warm_start", "start")}
+    start = {k: v for k, v in known.inspection.items() if k in ("warm_start", "start", "sampler")}
     start |= kept_restarts(known) | kept_refinements(known)
     return replace(record, inspection=inspection | start, created_at=known.created_at)
 
@@ -209,7 +210,8 @@ def build_controller(
         levels=[gene.levels for gene in genes],
         promising=record.inspection.get("warm_start", ()),
     )
-    for fault in (_idle_workers(spec, sampler), _few_candidates(spec, genes)):
+    faults = _idle_workers(spec, sampler), _few_candidates(spec, genes), _other_versions(record)
+    for fault in faults:
         if fault:
             note(fault)
     log = RestartLog(store, record, token, sampler, note)
@@ -230,6 +232,20 @@ def build_controller(
         watch=show,
         claim=lambda wanted, held: share.renew(wanted, held, CONTROLLER_LEASE_S),
         time_s=time_s,
+    )
+
+
+def _other_versions(record: StudyRecord) -> str | None:
+    """What to say of a study whose sampler is not the one that it was started with, if so."""
+    here = versions(StudySpec.model_validate(record.spec).sampler)
+    before = record.inspection.get("sampler", here)
+    differ = (name for name in before if here.get(name) != before[name])
+    changed = [f"{name} {before[name]} -> {here.get(name)}" for name in differ]
+    if not changed:
+        return None
+    return (
+        f"the sampler is not the one that the study was started with ({', '.join(changed)}):"
+        " nothing is lost, but the search goes on otherwise than it would have"
     )
 
 

@@ -15,7 +15,7 @@ from evomerge.spec import StudySpec
 from evomerge.store.base import StudyStore
 from evomerge.store.memory import MemoryStore
 from evomerge.testing.replay import asked_at, proposed_again
-from evomerge.testing.synthetic import SyntheticExecutor, synthetic_spec
+from evomerge.testing.synthetic import SyntheticExecutor, synthetic_spec, table
 from evomerge.trial import Failure, State, Trial
 
 TRIALS = 30
@@ -277,3 +277,20 @@ def test_a_space_of_fewer_candidates_than_trials_is_named(
         assert cost.reused >= 27
         scores = sum(len(trial.scores) for trial in store.trials(spec.name))
         assert cost.attempts + cost.reused == scores
+
+
+def test_another_version_of_the_sampler_is_said_at_each_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec, store = synthetic_spec(), MemoryStore()
+    notes: list[str] = []
+    assert run_synthetic(spec, store, note=notes.append)
+    assert not any("the sampler is not the one" in note for note in notes)
+    before = table(store.trials(spec.name))
+    monkeypatch.setattr("evomerge.sampling._OURS", "999")
+    for _ in range(2):
+        notes.clear()
+        assert run_synthetic(spec, store, note=notes.append)
+        (said,) = [note for note in notes if "the sampler is not the one" in note]
+        assert "evomerge.sampling 2 -> 999" in said
+    assert table(store.trials(spec.name)) == before
