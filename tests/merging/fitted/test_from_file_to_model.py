@@ -120,7 +120,9 @@ def test_another_request_does_not_take_an_old_artifact(
     path = recipe_file(tmp_path, folders, "greedy_soup")
     run("fit", path, tmp_path / "artifact")
     path = recipe_file(tmp_path, folders, "greedy_soup", fit={"metric": "loss"}, seed=1)
-    with pytest.raises(Exception, match="fitted with other calibration, settings, seed than the recipe"):
+    with pytest.raises(
+        Exception, match="fitted with other calibration, settings, seed than the recipe"
+    ):
         run("fit", path, tmp_path / "artifact")
 
 
