@@ -69,7 +69,7 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
         "della": (Grid({"density": (0.8, 0.5), "lambda": MEAN}),),
         "breadcrumbs_ties": (Grid({"density": (0.9, 0.6), "lambda": (*SHORT_SUM, 0.5)}),),
         "consensus_ties": (
-            Grid({"density": (0.8, 0.2), "agree": (1, 2), "lambda": (0.3, 0.4, 0.5)}),
+            Grid({"density": (0.8, 0.2), "agree": (1, 2), "lambda": (0.3, 0.4, 0.5, 0.6)}),
         ),
         "sce": (Grid({"density": (1.0, 0.01, 0.03, 0.1, 0.3)}),),
         "ram": (Grid({"epsilon": (1e-5, 1e-3, 1e-2)}),),
@@ -119,19 +119,20 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
         ),
         "adamerging": (
             Grid(
-                {"scale": (1.0, 0.8)},
-                fits=(
-                    {},
-                    {"granularity": "task", "lr": 1e-2, "steps": 100},
-                ),
+                {"scale": (1.0, 0.6, 0.8)},
+                fits=({}, {"granularity": "task", "lr": 1e-2, "steps": 100}),
                 label="entropy",
             ),
             Grid(
-                {"scale": (1.0, 1.2)},
+                {"scale": (1.0, 0.8, 1.2)},
                 fits=({"plus_plus": True, "lr": 1e-2, "steps": 100},),
                 label="entropy, ++",
             ),
-            Grid(fits=({"loss": "kl", "lr": 5e-3, "steps": 100},), label="KL"),
+            Grid(
+                {"scale": (1.0, 0.8, 1.2)},
+                fits=tuple({"loss": "kl", "lr": lr, "steps": 100} for lr in (5e-3, 2e-3, 1e-2)),
+                label="KL",
+            ),
         ),
         "dam": (
             Grid(label="defaults"),
@@ -140,6 +141,7 @@ GRIDS: Mapping[str, tuple[Grid, ...]] = MappingProxyType(
                 {"detail": (1.0, 0.5)},
                 fits=(
                     {**_DAM_AROUND_BASE, "epochs": 12},
+                    {**_DAM_AROUND_BASE, "epochs": 24},
                     {**_DAM_AROUND_BASE, "optimizer": "adamw"},
                     {**_DAM_AROUND_BASE, "granularity": "tensor"},
                 ),

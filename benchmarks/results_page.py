@@ -72,6 +72,7 @@ def page(rows: Mapping[str, Row], scores: Sequence[ZooScores]) -> str:
             "",
             *table(
                 ["", *(f"seed {seed}" for seed in seeds), *_COLUMNS],
+                "---:",
                 [line(name, rows[name], against.get(name)) for name in ranked],
             ),
             "",
@@ -81,8 +82,9 @@ def page(rows: Mapping[str, Row], scores: Sequence[ZooScores]) -> str:
             "",
             *table(
                 ["", *(f"seed {seed}" for seed in seeds)],
+                "---",
                 [
-                    [name, *(one.settings or "none to choose" for one in rows[name])]
+                    [name, *(one.settings or "defaults" for one in rows[name])]
                     for name in ranked
                     if rows[name][0].tried
                 ],
@@ -120,7 +122,8 @@ search items of each task: prompts with their right answers, which a fit that ne
 as text. Every setting is scored on selection items, and the three best of a row on search items
 too, without those that fits have seen ({chosen_on} items at seed {seeds[0]}). The numbers are of
 the report items ({items} at seed {seeds[0]}), which nothing else has seen. Weights of sources are
-equal in every grid: to vary them is what the search is for. Random masks are one draw.
+equal in every grid: to vary them is what the search is for. Random masks are one draw. Grids were
+widened where the best of them lay at an edge.
 
 **Columns.** The standard error is over seeds: how much the zoo matters. *Over task arithmetic* is
 the difference to the best task arithmetic on the same items, all seeds together, with its 95%
@@ -132,9 +135,9 @@ fit's FLOPs are those of its forward and backward passes.
 """.splitlines()
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in head[1:])]
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *body)]
+def table(head: Sequence[str], rule: str, body: Sequence[Sequence[str]]) -> list[str]:
+    rules = ["---", *(rule for _ in head[1:])]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rules, *body)]
 
 
 def line(name: str, row: Row, against: Comparison | None) -> list[str]:
@@ -145,13 +148,17 @@ def line(name: str, row: Row, against: Comparison | None) -> list[str]:
         *(f"{one.mean:.3f}" for one in row),
         f"{mean(row):.3f} ± {error(row):.3f}",
         difference(against) if against else "",
-        f"{against.p_adjusted:.4f}" if against else "",
+        chance(against.p_adjusted) if against else "",
         needs(name.split(" ")[0]),
         f"{first.tried}{fits}" if first.tried else "",
         averaged(row, lambda one: one.fit_s, "{:.1f}"),
-        averaged(row, lambda one: one.flops, "{:.1e}"),
+        averaged(row, lambda one: one.flops or None, "{:.1e}"),
         averaged(row, lambda one: one.merge_s and 1000 * one.merge_s, "{:.0f}"),
     ]
+
+
+def chance(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def difference(found: Comparison) -> str:
@@ -240,7 +247,7 @@ def dam_note(rows: Mapping[str, Row], seeds: Sequence[int]) -> str:
     ]
     won = sum(one.is_improvement(ALPHA) for one in found)
     each = "; ".join(
-        f"seed {seed}: {difference(one)}, p {one.p_value:.4f}"
+        f"seed {seed}: {difference(one)}, p {chance(one.p_value)}"
         for seed, one in zip(seeds, found, strict=True)
     )
     return f"DAM beats uniform averaging on {won} of {len(seeds)} seeds ({each})."
