@@ -134,8 +134,14 @@ def searched(scores: ZooScores, folder: Path) -> dict[str, Chosen]:
     if champion is None or any(ours.tasks[t].outcomes != theirs.tasks[t].outcomes for t in TASKS):
         sys.exit(f"{store}: its demo-{scores.seed} is unfinished, or of another zoo")
     trials = [trial for trial in study if trial.kind == "search"]
-    name, seconds = "search (the demo's)", math.fsum(trial.seconds for trial in trials)
-    return {name: Chosen(champion.scores["report"], "", len(trials), fit_s=seconds)}
+    return {
+        "search (the demo's)": Chosen(
+            champion.scores["report"],
+            f"trial {champion.number}",
+            tried=len(trials),
+            fit_s=math.fsum(trial.seconds for trial in trials),
+        )
+    }
 
 
 if __name__ == "__main__":
