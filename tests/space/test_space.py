@@ -279,8 +279,8 @@ def test_a_space_that_searches_nothing_is_refused():
 
 def test_unknown_names_and_files():
     assert "did you mean 'source_depth'?" in faults("source_dept")[0]
-    assert "known: dare_ties_blocks" in faults("source_dept")[0]
-    assert "known: dare_ties_blocks" in faults("zzz")[0]
+    assert "known: adamerging, dam, dare_ties_blocks" in faults("source_dept")[0]
+    assert "known: adamerging, dam, dare_ties_blocks" in faults("zzz")[0]
     assert faults("nowhere/space.yaml") == ["no such file"]
 
 
