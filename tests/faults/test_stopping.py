@@ -117,13 +117,17 @@ def test_a_terminal_that_is_closed(tmp_path: Path, started: list[Process]) -> No
     place = Place(tmp_path)
     mine, theirs = os.openpty()
 
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     def start() -> Process:
         started.append(
             place.run(
                 stdin=theirs,
                 stdout=theirs,
                 stderr=theirs,
-                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                preexec_fn=take_terminal,
             )
         )
         return started[-1]
