@@ -14,7 +14,7 @@ from evomerge.checkpoints.weights import Model
 from evomerge.errors import MergeError, UserError
 from evomerge.merging.fitted.artifact import Artifact, open_artifact
 from evomerge.merging.fitted.layer_weights import layer_weights
-from evomerge.merging.fitted.shares import WEIGHTED
+from evomerge.merging.fitted.linear_merges import WEIGHTED
 from evomerge.merging.methods.registry import METHODS
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.scoring.splits import part_of

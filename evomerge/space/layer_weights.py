@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from evomerge.checkpoints.weights import Model
-from evomerge.merging.fitted.shares import Directions, check_linear, shares
+from evomerge.merging.fitted.linear_merges import Directions, check_linear, shares
 from evomerge.merging.layout import layout
 from evomerge.merging.methods import registry
 from evomerge.merging.recipe import ModelRef, Recipe

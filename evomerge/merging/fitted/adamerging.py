@@ -5,7 +5,7 @@ Knows nothing of how the merge is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from evomerge.merging.compute import BLOCK_SIZE, Operands
 from evomerge.merging.fitted.artifact import Draft
-from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch, merged_names
+from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch, learned_names
 from evomerge.merging.fitted.calibration import Batch
-from evomerge.merging.fitted.descent import Descent, endless_batch
+from evomerge.merging.fitted.descent import Descent, Rows, endless_batch
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.adamerging import agreeing_votes
 from evomerge.merging.methods.base import Block, Blocks, Coefficients
@@ -90,7 +90,7 @@ class AdaMergingFit(Fitter):
             "curve": descent.curve,
             **ends,
         }
-        tensors = {name: found[training.row(name)].clone() for name in training.names}
+        tensors = {name: found[training.rows[name]].clone() for name in training.names}
         draft.finish(tensors, facts, flops=network.flops)
 
 
@@ -106,7 +106,7 @@ class _Selection:
         """The authors' selection: all that equals the threshold is kept, ties go by majority."""
 
         def model() -> Iterator[tuple[Coefficients, Blocks]]:
-            for name in sorted(_learned(problem, network)):
+            for name in sorted(learned_names(problem, network)):
                 yield _ties_coefficients(problem, name, settings.density), _blocks(problem, name)
 
         survey = Ties().survey(model)
@@ -133,10 +133,9 @@ class _Training:
         self._settings = settings
         self._network = network
         self._selection = selection
-        self.names = _learned(problem, network)
-        self._rows = {name: number for number, name in enumerate(self.names)}
-        rows = len(self.names) if settings.granularity == "layer" else 1
-        shape = rows, len(problem.sources)
+        self.names = learned_names(problem, network)
+        self.rows = Rows(self.names, shared=settings.granularity == "task")
+        shape = self.rows.count, len(problem.sources)
         self.raw = torch.full(shape, settings.init, dtype=torch.float64)
         self.raw.grad = torch.zeros_like(self.raw)
         self._batches: dict[str, Batch] = {}
@@ -145,10 +144,6 @@ class _Training:
     def effective(self) -> Tensor:
         """The coefficients [rows, s] as the merge has them."""
         return self.raw.clamp(0, 1) if self._settings.clamp else self.raw
-
-    def row(self, name: str) -> int:
-        """The row of a tensor's coefficients."""
-        return self._rows[name] if len(self.raw) > 1 else 0
 
     def step(self, number: int) -> dict[str, float]:
         """The losses by source, with their gradient left in `raw.grad`."""
@@ -169,12 +164,12 @@ class _Training:
 
     def take(self, name: str, gradient: Tensor) -> None:
         """Add ⟨∂L/∂θˡ, τᵢˡ⟩ to the gradient of every source's coefficient."""
-        if name not in self._rows:
+        if name not in self.rows:
             return
         assert self.raw.grad is not None
         for column, tau in enumerate(self._task_vectors(name)):
             product = tau.mul_(gradient).sum(dtype=torch.float64)
-            self.raw.grad[self.row(name), column] += product.cpu()
+            self.raw.grad[self.rows[name], column] += product.cpu()
 
     @property
     def _taught(self) -> bool:
@@ -189,8 +184,7 @@ class _Training:
     @torch.no_grad()
     def _teach(self, source: str, batch: Batch) -> Tensor:
         """A source's own logits on its batch, at the places that count [n, v]."""
-        for name in self.names:
-            self._network.write(name, self._problem.sources[source].tensor(name))
+        self._network.become(self._problem.sources[source], self.names)
         return self._network.logits(batch)[batch.counted]
 
     def _write(self) -> None:
@@ -199,7 +193,7 @@ class _Training:
         assert self._problem.base is not None
         for name in self.names:
             base = self._problem.weight(self._problem.base, name)
-            tau = weighted_sum(self._task_vectors(name), shares[self.row(name)])
+            tau = weighted_sum(self._task_vectors(name), shares[self.rows[name]])
             self._network.write(name, moved(base, tau))
 
     def _task_vectors(self, name: str) -> Iterator[Tensor]:
@@ -226,10 +220,6 @@ def divergence(teacher: Tensor, logits: Tensor) -> Tensor:
     """Mean of KL(softmax(teacher) ‖ softmax(z)), in nats. Shapes: both [n, v]."""
     told, logs = teacher.log_softmax(-1), logits.log_softmax(-1)
     return (told.exp() * (told - logs)).sum(-1).mean()
-
-
-def _learned(problem: Problem, network: Network) -> Sequence[str]:
-    return [name for name in merged_names(problem) if name in network.parts]
 
 
 def _ties_coefficients(problem: Problem, name: str, density: float) -> Coefficients:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -20,9 +20,12 @@ from evomerge.checkpoints.weights import Model
 from evomerge.merging.fitted.artifact import Draft, Provenance, draft
 from evomerge.merging.fitted.calibration import Calibration
 
+if TYPE_CHECKING:
+    from evomerge.merging.fitted.network import Network
+
 
 class Settings(BaseModel):
-    """What a user may set of a fit; every field has a default and a description."""
+    """What a user may set of a fit; every field has a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -108,15 +111,20 @@ def fit(
 
 def provenance(fitter: Fitter, problem: Problem, settings: Settings) -> Provenance:
     """What the artifact of a fit is made from."""
+    return made_from(fitter.name, problem, settings.model_dump(mode="json"), seed=problem.seed)
+
+
+def made_from(kind: str, problem: Problem, settings: Mapping[str, Any], *, seed: int) -> Provenance:
+    """What an artifact of some kind is made from, be it that of a fit or what fits share."""
     return Provenance(
-        kind=fitter.name,
+        kind=kind,
         base=problem.digests[problem.base.path] if problem.base else None,
         sources={n: problem.digests[model.path] for n, model in problem.sources.items()},
         calibration=problem.calibration.digest,
         counts=dict(problem.calibration.counts),
         described=dict(problem.calibration.described),
-        settings=settings.model_dump(mode="json"),
-        seed=problem.seed,
+        settings=settings,
+        seed=seed,
         items=problem.calibration.items,
     )
 
@@ -131,3 +139,8 @@ def merged_names(problem: Problem) -> tuple[str, ...]:
         and 0 not in anchor.shape(name)
         and all(name in model for model in problem.sources.values())
     )
+
+
+def learned_names(problem: Problem, network: Network) -> list[str]:
+    """Those of the merged tensors that are parameters of the network."""
+    return [name for name in merged_names(problem) if name in network.parts]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evomerge.errors import MergeError, UserError
 from evomerge.merging.fitted import dam_losses as losses
-from evomerge.merging.fitted.base import Problem, Watch, merged_names
+from evomerge.merging.fitted.base import Problem, Watch, learned_names
 from evomerge.merging.fitted.calibration import batch
 from evomerge.merging.fitted.granularity import grid_of, kind_of
 from evomerge.merging.fitted.mergers import Mergers
@@ -194,9 +194,7 @@ def make_mergers(network: Network, problem: Problem, settings: DamSettings) -> M
     With `initial: random`, φ(m) is a softmax over sources of numbers drawn for each module.
     """
     names = [
-        name
-        for name in merged_names(problem)
-        if name in network.parts and kind_of(network, name) in settings.train
+        name for name in learned_names(problem, network) if kind_of(network, name) in settings.train
     ]
     if not names:
         raise UserError(f"dam: the model has no {' or '.join(settings.train)} to train")

@@ -1,4 +1,4 @@
-"""Adam on a few coefficients of a merge: batches without end, and steps that survive a crash.
+"""Adam on a few coefficients of a merge: their table, endless batches, steps that survive a crash.
 
 Knows neither what the coefficients mean nor how their gradient is found.
 """
@@ -20,6 +20,20 @@ _STEPS_A_SAVE = 20
 
 Step = Callable[[int], Mapping[str, float]]
 """Of a step's number: sets every coefficient's `.grad`, and tells its losses by name."""
+
+
+class Rows:
+    """The rows of a table of coefficients: one for each tensor, or one that all share."""
+
+    def __init__(self, names: Sequence[str], *, shared: bool) -> None:
+        self.count = 1 if shared else len(names)
+        self._rows = {name: 0 if shared else number for number, name in enumerate(names)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __getitem__(self, name: str) -> int:
+        return self._rows[name]
 
 
 class Descent:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.artifact import Draft
-from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch, merged_names
+from evomerge.merging.fitted.base import (
+    Fitter,
+    Problem,
+    Settings,
+    Watch,
+    learned_names,
+    merged_names,
+)
 from evomerge.merging.fitted.calibration import Example, batch
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.fisher import fisher_key
@@ -84,17 +91,14 @@ def _summed(
     draft: Draft,
 ) -> Iterator[None]:
     """Keep one source's Fisher information; yields after every example."""
-    names = merged_names(problem)
-    for name in names:
-        network.write(name, problem.weight(problem.sources[source], name))
+    network.become(problem.sources[source], merged_names(problem))
     saved, notes = draft.state or ({}, {})
     begun = notes["count"] if notes.get("source") == source else 0
     sums = {
         name: saved[name].to(network.device, copy=True)
         if begun
         else torch.zeros(network.shape(name), device=network.device)
-        for name in names
-        if name in network.learned
+        for name in learned_names(problem, network)
     }
     del saved
 

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from evomerge.checkpoints.weights import Model
 from evomerge.merging.fitted.calibration import Batch, Calibration, batches
+from evomerge.merging.fitted.linear_merges import Directions, check_linear
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.fitted.shares import Directions, check_linear
 from evomerge.merging.merge import Merge
 from evomerge.merging.recipe import Recipe
 

@@ -59,8 +59,7 @@ class GramFit(Fitter):
         done, total = 0, sum(map(len, chosen.values()))
         for source, examples in chosen.items():
             if source not in draft.kept:
-                for name in merged_names(problem):
-                    network.write(name, problem.weight(problem.sources[source], name))
+                network.become(problem.sources[source], merged_names(problem))
                 grams = Grams(network, layers)
                 for number, part in enumerate(even_batches(examples, settings.batch_size), 1):
                     grams.add(part)

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from evomerge.merging.fitted.artifact import Draft
-from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch, merged_names
-from evomerge.merging.fitted.descent import Descent, endless_batch
+from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch, learned_names
+from evomerge.merging.fitted.descent import Descent, Rows, endless_batch
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.combination import weighted_sum
 
@@ -58,7 +58,7 @@ class LearnedSoupFit(Fitter):
         with network.gradients(training.take):
             descent.run(training.steps, training.step, watch, lambda: network.flops)
         alpha = training.raw.detach().softmax(1)
-        tensors = {name: alpha[training.row(name)].clone() for name in training.names}
+        tensors = {name: alpha[training.rows[name]].clone() for name in training.names}
         facts = {
             "sources": list(problem.sources),
             "beta": float(training.beta.detach()),
@@ -77,16 +77,11 @@ class _Training:
         examples = [e for name in problem.sources for e in problem.calibration.of(name)]
         self._examples = list(dict.fromkeys(examples))
         self.steps = settings.epochs * math.ceil(len(self._examples) / settings.batch_size)
-        self.names = [name for name in merged_names(problem) if name in network.parts]
-        self._rows = {name: number for number, name in enumerate(self.names)}
-        shape = len(self.names) if settings.granularity == "layer" else 1, len(problem.sources)
-        self.raw = torch.zeros(shape, dtype=torch.float64)
+        self.names = learned_names(problem, network)
+        self.rows = Rows(self.names, shared=settings.granularity == "model")
+        self.raw = torch.zeros(self.rows.count, len(problem.sources), dtype=torch.float64)
         self.beta = torch.ones((), dtype=torch.float64, requires_grad=True)
         self._products = torch.zeros_like(self.raw)
-
-    def row(self, name: str) -> int:
-        """The row of a tensor's shares."""
-        return self._rows[name] if len(self.raw) > 1 else 0
 
     def step(self, number: int) -> dict[str, float]:
         """The loss, with its gradient left in `raw.grad` and `beta.grad`."""
@@ -106,7 +101,7 @@ class _Training:
 
     def take(self, name: str, gradient: Tensor) -> None:
         """Add ⟨∂L/∂θˡ, θᵢˡ − θ₁ˡ⟩ for every source."""
-        if name not in self._rows:
+        if name not in self.rows:
             return
         first: Tensor | None = None
         for column, weight in enumerate(self._weights(name)):
@@ -114,12 +109,12 @@ class _Training:
                 first = weight
                 continue
             product = weight.sub_(first).mul_(gradient).sum(dtype=torch.float64)
-            self._products[self.row(name), column] += product.cpu()
+            self._products[self.rows[name], column] += product.cpu()
 
     def _write(self, alpha: Tensor) -> None:
         """Make the network the average with these shares."""
         for name in self.names:
-            merged = weighted_sum(self._weights(name), alpha[self.row(name)].tolist())
+            merged = weighted_sum(self._weights(name), alpha[self.rows[name]].tolist())
             assert merged is not None
             self._network.write(name, merged)
 

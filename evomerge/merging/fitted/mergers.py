@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.weights import Model
 from evomerge.merging.fitted.base import Problem, merged_names
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.mergers import Grid, activated, slope
@@ -114,12 +113,6 @@ class Mergers:
 
     def _float(self, piece: Tensor) -> Tensor:
         return piece.to(self._problem.device, torch.float32)
-
-
-def load(network: Network, problem: Problem, model: Model) -> None:
-    """Make the network one of the problem's models, as far as models are merged."""
-    for name in merged_names(problem):
-        network.write(name, model.tensor(name))
 
 
 def _pieces(view: Tensor) -> Iterator[tuple[slice, slice, slice]]:

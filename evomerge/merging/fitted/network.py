@@ -7,7 +7,7 @@ the weights, and of one gradient at a time. Knows no recipe and no fitted method
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomerge.checkpoints.weights import Model
+from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError
 from evomerge.merging.binding import bind
 from evomerge.merging.conversion import Part, places
@@ -64,6 +64,11 @@ class Network:
         if (target := self._targets.get(name)) is not None:
             with torch.no_grad():
                 target.copy_(values.reshape(-1).to(self.device, torch.float32))
+
+    def become(self, model: Weights, names: Iterable[str]) -> None:
+        """Set these tensors to a model's."""
+        for name in names:
+            self.write(name, model.tensor(name))
 
     def module(self, name: str) -> tuple[str, nn.Module] | None:
         """The module that has a stored tensor for one of its parameters as a whole, and its name;

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from evomerge.merging.fitted.artifact import Draft
-from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch, merged_names
+from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch, learned_names
 from evomerge.merging.fitted.calibration import Example, batch, batches
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.sens_merging import layer_name
@@ -58,7 +58,7 @@ class SensitivityFit(Fitter):
 
     def fit(self, problem: Problem, settings: Any, draft: Draft, watch: Watch) -> None:
         network = Network(problem.anchor, device=problem.device)
-        learned = [name for name in merged_names(problem) if name in network.parts]
+        learned = learned_names(problem, network)
         layers = list(dict.fromkeys(layer_name(name) for name in learned))
         sources = list(problem.sources)
         sums, notes = draft.state or (_zeros(len(sources), len(layers)), {"done": 0})
@@ -117,8 +117,7 @@ class _Run:
         """Make the network a source."""
         if self.loaded == source:
             return
-        for name in self.learned:
-            self.network.write(name, self.problem.sources[source].tensor(name))
+        self.network.become(self.problem.sources[source], self.learned)
         self.loaded = source
 
     def _sense(self, source: str, examples: Sequence[Example]) -> None:

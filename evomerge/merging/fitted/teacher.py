@@ -23,10 +23,9 @@ from evomerge.merging.fitted.artifact import (
     draft,
     open_artifact,
 )
-from evomerge.merging.fitted.base import Problem, Watch
+from evomerge.merging.fitted.base import Problem, Watch, made_from, merged_names
 from evomerge.merging.fitted.calibration import Batch, batch
 from evomerge.merging.fitted.dam_losses import Teacher
-from evomerge.merging.fitted.mergers import load
 from evomerge.merging.fitted.network import Network
 
 _KIND = "dam_teacher"
@@ -54,7 +53,7 @@ class Live:
     def of(self, drawn: Mapping[str, Sequence[int]]) -> dict[str, Teacher]:
         found = {}
         for name, numbers in drawn.items():
-            load(self._network, self._problem, self._problem.sources[name])
+            self._network.become(self._problem.sources[name], merged_names(self._problem))
             examples = self._problem.calibration.of(name)
             rows = batch([examples[number] for number in numbers])
             logits = self._network.logits(rows)
@@ -141,7 +140,7 @@ class Cache:
 
     @torch.no_grad()
     def _source(self, name: str) -> dict[str, Tensor]:
-        load(self._network, self._problem, self._problem.sources[name])
+        self._network.become(self._problem.sources[name], merged_names(self._problem))
         examples = self._problem.calibration.of(name)
         found: dict[str, Tensor] = {}
         for start in range(0, len(examples), self._batch_size):
@@ -161,20 +160,11 @@ class Cache:
 
     @property
     def _provenance(self) -> Provenance:
-        problem, data = self._problem, self._problem.calibration
-        return Provenance(
-            kind=_KIND,
-            base=problem.digests[problem.base.path] if problem.base else None,
-            sources={n: problem.digests[model.path] for n, model in problem.sources.items()},
-            calibration=data.digest,
-            counts=dict(data.counts),
-            described=dict(data.described),
-            settings={
-                "top_k": self._top_k,
-                "temperature": self._temperature,
-                "tail": self._tail,
-                "tokens": self._tokens,
-                "batch_size": self._batch_size,
-            },
-            seed=0,
-        )
+        settings = {
+            "top_k": self._top_k,
+            "temperature": self._temperature,
+            "tail": self._tail,
+            "tokens": self._tokens,
+            "batch_size": self._batch_size,
+        }
+        return made_from(_KIND, self._problem, settings, seed=0)  # nothing is drawn

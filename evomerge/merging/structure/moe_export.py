@@ -128,8 +128,7 @@ def _network(model: Model, device: str) -> Network:
     """The live model: of one behind an adapter, transformers has loaded the base alone."""
     network = Network(model, device=device)
     if not isinstance(model, Checkpoint):
-        for name in model.names:
-            network.write(name, model.tensor(name))
+        network.become(model, model.names)
     return network
 
 

@@ -67,7 +67,7 @@ def test_the_gradient_is_autograds(loss, tmp_path):
     total = 0.0
     for source in problem.sources:
         batch = training._batch(source, 0)
-        rows = {name: raw.clamp(0, 1)[training.row(name)] for name in training.names}
+        rows = {name: raw.clamp(0, 1)[training.rows[name]] for name in training.names}
         weights = {
             name: states["base"][name].detach()
             + sum(

@@ -18,7 +18,6 @@ from evomerge.merging.fitted.base import Watch, fit, merged_names
 from evomerge.merging.fitted.calibration import Calibration, Example, batch
 from evomerge.merging.fitted.dam import DamFit, DamSettings
 from evomerge.merging.fitted.dam_training import Training, make_mergers
-from evomerge.merging.fitted.mergers import load
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.fitted.teacher import Live
 from evomerge.merging.merge import open_merge
@@ -123,7 +122,7 @@ def test_padding_changes_no_loss(tmp_path):
     noisy = replace(rows, tokens=torch.where(rows.attention.bool(), rows.tokens, 17))
     assert not torch.equal(noisy.tokens, rows.tokens)
     mask = rows.attention.bool()
-    load(network, problem, problem.sources["a"])
+    network.become(problem.sources["a"], merged_names(problem))
     with torch.no_grad():
         assert torch.equal(network.logits(rows)[mask], network.logits(noisy)[mask])
 
@@ -204,17 +203,15 @@ def test_a_cache_is_gone_on_with_and_used_again_and_refused_for_others(tmp_path,
     settings = QUICK.model_copy(update={"teacher": "cached", "top_k": 5})
     fit(DamFit(), problem, settings, tmp_path / "in-memory")
     settings = settings.model_copy(update={"cache": tmp_path / "cache"})
-    from evomerge.merging.fitted import teacher
+    loaded, really = [], Network.become
 
-    loaded, really = [], teacher.load
-
-    def interrupted(network, problem, model):
+    def interrupted(network, model, names):
         loaded.append(Path(model.path).name)
         if len(loaded) == 2:
             raise KeyboardInterrupt
-        really(network, problem, model)
+        really(network, model, names)
 
-    monkeypatch.setattr(teacher, "load", interrupted)
+    monkeypatch.setattr(Network, "become", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(DamFit(), problem, settings, tmp_path / "one")
     fit(DamFit(), problem, settings, tmp_path / "one")

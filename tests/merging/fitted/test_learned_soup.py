@@ -49,8 +49,11 @@ def test_the_gradient_is_autograds(tmp_path):
     raw = start.repeat(len(training.raw), 1).requires_grad_(True)
     beta = torch.ones((), dtype=torch.float64, requires_grad=True)
     weights = {
-        name: sum(a * s[name].detach() for a, s in zip(raw[row].softmax(0), states, strict=True))
-        for name, row in training._rows.items()
+        name: sum(
+            a * s[name].detach()
+            for a, s in zip(raw[training.rows[name]].softmax(0), states, strict=True)
+        )
+        for name in training.names
     }
     examples = [e for name in problem.sources for e in problem.calibration.of(name)]
     batch = descent.endless_batch(examples, 0, 5, seed=0)
