@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import MergeError, UserError
-from evomerge.merging.conversion import places
+from evomerge.merging.structure.linear_layers import Modules, weight_axes
 from evomerge.merging.structure.matching import MAX_SWEEPS, AnyBind, Matching, match
 from evomerge.merging.structure.permutation import Bind, Group, Spec, Stacked
-from evomerge.merging.structure.units import Shapes
 
 Statistic = Literal["correlation", "inner", "distance"]
 Site = tuple[str, int]
@@ -31,19 +30,8 @@ class Live:
     """A network in memory: `run` does a forward pass on a batch of whatever kind, `modules` are its
     layers by the stored name of their weight."""
 
-    modules: Mapping[str, nn.Module]
+    modules: Modules
     run: Callable[[Any], object]
-
-
-def modules_of(model: nn.Module, shapes: Shapes) -> dict[str, nn.Module]:
-    """The layers of a transformers model whose weight is one stored tensor, by its name."""
-    live = {key: t.detach() for key, t in model.state_dict(keep_vars=True).items()}
-    found = {}
-    for name, parts in places(model, shapes, live).items():
-        path, _, parameter = parts[0].key.rpartition(".")
-        if len(parts) == 1 and parameter == "weight" and live[parts[0].key].shape == shapes[name]:
-            found[name] = model.get_submodule(path)
-    return found
 
 
 def activation_matching(
@@ -81,7 +69,7 @@ def activation_matching(
 class _Recorded:
     """Sums over batches for each site, but for those that share their activations with another."""
 
-    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, spec: Spec, modules: Modules) -> None:
         binds = (bind for group in spec.groups for bind in group.binds)
         every = {(b.param, b.axis): None for b in binds if isinstance(b, Bind)}
         self.sites: list[Site] = [s for s in every if _side(modules.get(s[0]), s[1]) is not None]
@@ -175,13 +163,10 @@ def _site(bind: Bind) -> Site:
 
 def _side(module: nn.Module | None, axis: int) -> Literal["input", "output"] | None:
     """Whether an axis of a layer's weight is that of its inputs or of its outputs."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, nn.Linear | nn.Conv2d) and axis < 2:
-        return "input" if axis == 1 else "output"
-    if isinstance(module, Conv1D) and axis < 2:
-        return "input" if axis == 0 else "output"
-    return None
+    axes = weight_axes(module)
+    if axes is None or axis not in axes:
+        return None
+    return "output" if axis == axes[0] else "input"
 
 
 def _captured(live: Live, sites: list[Site], batch: Any) -> dict[Site, Tensor]:
@@ -214,7 +199,7 @@ def _keep(
 ) -> None:
     is_input = _side(module, site[1]) == "input"
     tensor = inputs[0] if is_input else out
-    channels_first = isinstance(module, nn.Conv2d)
+    channels_first = isinstance(module, nn.Conv1d | nn.Conv2d)
     found[site] = tensor.movedim(1, -1) if channels_first else tensor
 
 

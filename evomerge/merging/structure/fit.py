@@ -17,8 +17,9 @@ from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch
 from evomerge.merging.fitted.gram import even_batches
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.git_rebasin import order_key
-from evomerge.merging.structure.activations import Live, activation_matching, modules_of
+from evomerge.merging.structure.activations import Live, activation_matching
 from evomerge.merging.structure.families import spec_of
+from evomerge.merging.structure.linear_layers import modules_of
 from evomerge.merging.structure.matching import Matching, weight_matching
 from evomerge.merging.structure.permutation import Spec, axis_orders, in_place
 from evomerge.merging.structure.trial_network import prove

@@ -17,7 +17,8 @@ from evomerge.errors import MergeError, UserError
 from evomerge.merging.fitted.calibration import Example
 from evomerge.merging.fitted.gram import even_batches
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.structure.activations import Live, activation_matching, modules_of
+from evomerge.merging.structure.activations import Live, activation_matching
+from evomerge.merging.structure.linear_layers import modules_of
 from evomerge.merging.structure.permutation import (
     Bind,
     Group,
