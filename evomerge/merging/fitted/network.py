@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError
 from evomerge.merging.binding import bind
@@ -127,6 +128,14 @@ class Network:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor."""
         return self._shapes[name]
+
+
+def network_of(model: Model, device: str) -> Network:
+    """The live model, also of one behind an adapter, of which transformers loads the base alone."""
+    network = Network(model, device=device)
+    if not isinstance(model, Checkpoint):
+        network.become(model, model.names)
+    return network
 
 
 class _Collector:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 import evomerge
-from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.weights import Model
-from evomerge.checkpoints.writer import Entry, write_file
-from evomerge.errors import MergeError, NonFiniteTensor
-from evomerge.merging.aside import Aside, check_free, flush, written_aside
-from evomerge.merging.export import CONFIG, SHARD_BYTES, companions, cut, write_index
+from evomerge.checkpoints.writer import Entry
+from evomerge.errors import MergeError
+from evomerge.merging.aside import Aside, check_free, written_aside
+from evomerge.merging.export import SHARD_BYTES, companions
 from evomerge.merging.fitted.calibration import Example
-from evomerge.merging.fitted.network import Network
+from evomerge.merging.fitted.network import Network, network_of
 from evomerge.merging.structure.moe_grouping import Groups
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
 from evomerge.merging.structure.moe_merge import MergedExperts
@@ -32,12 +31,15 @@ from evomerge.merging.structure.moe_plan import LayerPlan, check_settings, plan_
 from evomerge.merging.structure.moe_router import collapsed_routers
 from evomerge.merging.structure.moe_settings import ExpertSettings
 from evomerge.merging.structure.moe_statistics import routing_statistics
+from evomerge.merging.structure.weight_files import (
+    Progress,
+    finite_digest,
+    write_model,
+    write_text,
+)
 
 EXPERTS_FILE = "evomerge_experts.json"
 """What was merged with what, and why: settings, usage, groups and weights of every layer."""
-
-Progress = Callable[[str, int, int], object]
-"""Told what is being done, how much of it is done and how much there is."""
 
 _ROOM = 1 << 20
 
@@ -76,14 +78,12 @@ def merge_experts(
     check_settings(model, layers, settings)
     if not problem.examples:
         raise MergeError("calibration: no examples; the routing of experts cannot be watched")
-    digest = _digest(model)
+    digest = finite_digest(model)
     with written_aside(directory, _purpose(problem, digest, shard_bytes), _size(model)) as aside:
         plans, routers = _planned(problem, layers, digest, aside, progress)
         merged = MergedExperts(model, layers, plans, settings, routers=routers)
-        _write_weights(merged, aside, shard_bytes, progress)
-        _write_text(aside.folder / CONFIG, json.dumps(merged.config, indent=2))
-        for path in companions(model):
-            flush(Path(shutil.copyfile(path, aside.folder / path.name)))
+        told = partial(progress, "merging experts")
+        write_model(merged, model, aside, shard_bytes, told)
     return plans
 
 
@@ -101,13 +101,13 @@ def _planned(
     collapses = settings.form == "collapsed"
     network = None
     if not known or (collapses and settings.router == "logsumexp"):
-        network = _network(model, problem.device)
+        network = network_of(model, problem.device)
     if known:
         plans = _read_plans(path)
     else:
         assert network is not None
         plans, document = _measured(problem, layers, network, progress)
-        _write_text(path, json.dumps({"model": digest, **document}, indent=1))
+        write_text(path, json.dumps({"model": digest, **document}, indent=1))
         aside.finish(EXPERTS_FILE, None)
     if not collapses:
         return plans, []
@@ -122,14 +122,6 @@ def _planned(
         progress=lambda done, total: progress("fitting routers", done, total),
     )
     return plans, routers
-
-
-def _network(model: Model, device: str) -> Network:
-    """The live model: of one behind an adapter, transformers has loaded the base alone."""
-    network = Network(model, device=device)
-    if not isinstance(model, Checkpoint):
-        network.become(model, model.names)
-    return network
 
 
 def _measured(
@@ -173,34 +165,6 @@ def _read_plans(path: Path) -> list[LayerPlan]:
     ]
 
 
-def _write_weights(
-    merged: MergedExperts, aside: Aside, shard_bytes: int, progress: Progress
-) -> None:
-    shards = cut(merged, shard_bytes)
-    total = sum(entry.nbytes for entries in shards.values() for entry in entries)
-    done = 0
-    for file_name, entries in shards.items():
-        if file_name in aside.finished:
-            done += sum(entry.nbytes for entry in entries)
-            continue
-        for size in write_file(aside.folder / file_name, entries, _flat(merged, entries)):
-            done += size
-            progress("merging experts", done, total)
-        aside.finish(file_name, None)
-    write_index(aside.folder, shards)
-
-
-def _flat(merged: MergedExperts, entries: Sequence[Entry]) -> Iterator[Tensor]:
-    return (merged.tensor(entry.name).reshape(-1) for entry in entries)
-
-
-def _digest(model: Model) -> str:
-    scan = model.scan()
-    if scan.non_finite:
-        raise NonFiniteTensor(f"{scan.non_finite[0]}: {model.path} holds NaN or infinity in it")
-    return scan.digest
-
-
 def _purpose(problem: ExpertProblem, digest: str, shard_bytes: int) -> str:
     """What makes two merges the same."""
     known = [evomerge.__version__, digest, problem.settings.model_dump(), problem.seed,
@@ -218,8 +182,3 @@ def _size(model: Model) -> int:
     entries = (Entry(name, model.dtype(name), model.shape(name)) for name in model.names)
     weights = sum(entry.nbytes for entry in entries)
     return weights + sum(path.stat().st_size for path in companions(model)) + _ROOM
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
-    flush(path)

@@ -358,7 +358,7 @@ def test_a_merge_that_was_cut_off_goes_on_without_running_the_model(
     with pytest.raises(KeyboardInterrupt):
         merge_experts(problem, tmp_path / "out", shard_bytes=20_000, progress=interrupt)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(moe_export, "Network", None)
+    monkeypatch.setattr(moe_export, "network_of", None)
     merge_experts(problem, tmp_path / "out", shard_bytes=20_000)
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
