@@ -6,12 +6,11 @@ Knows neither what the coefficients mean nor how their gradient is found.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from evomerge.merging.fitted.artifact import Draft
 from evomerge.merging.fitted.base import Watch
 from evomerge.merging.fitted.calibration import Batch, Example, batch
 from evomerge.merging.methods.masks import mask_key
@@ -36,16 +35,37 @@ class Rows:
         return self._rows[name]
 
 
-class Descent:
-    """Coefficients (float64, updated in place) with their Adam moments, from a draft's state.
+class Saves(Protocol):
+    """Keeps how far a descent has come; a `Draft` does."""
 
-    `curve` holds the losses of all steps so far, by name.
+    state: tuple[dict[str, Tensor], dict[str, Any]] | None
+
+    def save(
+        self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], *, flops: float
+    ) -> None: ...
+
+
+class Descent:
+    """Coefficients (updated in place) with their Adam moments, from a draft's state.
+
+    `optimiser` is of these coefficients, one of Adam's kind; `carried` are further tensors that
+    steps change in place and that go on where they were. `curve` holds the losses of all steps so
+    far, by name.
     """
 
-    def __init__(self, coefficients: Mapping[str, Tensor], lr: float, draft: Draft) -> None:
+    def __init__(
+        self,
+        coefficients: Mapping[str, Tensor],
+        lr: float,
+        draft: Saves,
+        *,
+        optimiser: torch.optim.Adam | None = None,
+        carried: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._coefficients = coefficients
+        self._carried = carried or {}
         self._draft = draft
-        self._adam = torch.optim.Adam(list(coefficients.values()), lr=lr)
+        self._adam = optimiser or torch.optim.Adam(list(coefficients.values()), lr=lr)
         self.curve: dict[str, list[float]] = {}
         self._done = 0
         if draft.state is not None:
@@ -63,7 +83,7 @@ class Descent:
             watch.progress(self._done, steps)
 
     def _save(self, flops: float) -> None:
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"carried.{name}": value for name, value in self._carried.items()}
         for name, value in self._coefficients.items():
             moments = self._adam.state[value]
             tensors |= {f"value.{name}": value.detach()}
@@ -72,13 +92,15 @@ class Descent:
 
     def _go_on(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         self._done, self.curve = notes["done"], notes["curve"]
+        for name, value in self._carried.items():
+            value.copy_(tensors[f"carried.{name}"])
         for name, value in self._coefficients.items():
             with torch.no_grad():
                 value.copy_(tensors[f"value.{name}"])
             self._adam.state[value] = {
                 "step": torch.tensor(float(self._done)),
-                "exp_avg": tensors[f"exp_avg.{name}"],
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                "exp_avg": tensors[f"exp_avg.{name}"].to(value.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(value.device),
             }
 
 

@@ -21,6 +21,50 @@ Similarity = Literal[
 ]
 
 
+class CompressSettings(BaseModel):
+    """How what was merged is made smaller: every matrix of an expert as U V + S (MC-SMoE).
+
+    `rank` of U V. `density` is the share of S, over all matrices together, that stays in whole
+    rows. With 0 `steps` nothing is trained, and the data's gradients only choose the rows; with
+    more the model is trained while rows go: for `dense_steps` none do, and the last
+    `settled_steps` have as few as there will be (published: 4 and 16 of 100). `train` says whether
+    all but the routers is trained, as published, or the experts alone. `teacher` weighs the
+    divergence from the model before the merge, at `temperature`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rank: int = Field(default=32, ge=1)
+    density: float = Field(default=0.1, ge=0.0, le=1.0)
+    steps: int = Field(default=0, ge=0)
+    train: Literal["all", "experts"] = "all"
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    warmup: int = Field(default=16, ge=0)
+    dense_steps: int | None = Field(default=None, ge=0)
+    settled_steps: int | None = Field(default=None, ge=0)
+    teacher: float = Field(default=0.2, ge=0.0)
+    temperature: float = Field(default=2.0, gt=0.0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> CompressSettings:
+        dense, settled = self.phases
+        if dense + settled > self.steps:
+            raise ValueError(
+                f"dense_steps and settled_steps: {dense} and {settled} are more than {self.steps}"
+                " steps"
+            )
+        return self
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """The first steps, in which S is whole, and the last, in which it is as it will be."""
+        dense, settled = self.dense_steps, self.settled_steps
+        return (
+            round(0.04 * self.steps) if dense is None else dense,
+            round(0.16 * self.steps) if settled is None else settled,
+        )
+
+
 class ExpertSettings(BaseModel):
     """How experts are grouped and merged, and in what form the result is written.
 
@@ -29,7 +73,8 @@ class ExpertSettings(BaseModel):
     groups experts around the most used ones, `hc_smoe` by hierarchical clustering, `prune` groups
     as m_smoe does and keeps the most used expert of each group as it is. `exponent` is γ of the
     weights aᵢ = usageᵢ^γ: 0 weighs all alike. `skip` names layers, counted among those with
-    experts, that are left as they are. `router` is for the collapsed form.
+    experts, that are left as they are. `router` is for the collapsed form. `compress` makes the
+    experts of all layers that are not skipped smaller.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +90,7 @@ class ExpertSettings(BaseModel):
     form: Literal["replicated", "remapped", "collapsed"] = "replicated"
     router: Literal["dominant", "mean", "logsumexp"] = "dominant"
     batch_size: int = Field(default=8, ge=1)
+    compress: CompressSettings | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> ExpertSettings:
