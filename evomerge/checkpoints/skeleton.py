@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints.weights import Model
+from evomerge.checkpoints.weights import Weights
 from evomerge.errors import CheckpointError
 
 
-def skeleton(model: Model, *, otherwise: str) -> Any:
+def skeleton(model: Weights, *, otherwise: str) -> Any:
     """The model of `model.config` on the meta device.
 
     Raises CheckpointError, with what cannot be done `otherwise`, for an architecture that

@@ -25,16 +25,23 @@ from evomerge.merging.recipe import Recipe
 
 
 def load_model(
-    checkpoint: Model, dtype: str | None = None, device: str = "cpu", *others: str
+    checkpoint: Weights,
+    dtype: str | None = None,
+    device: str = "cpu",
+    *others: str,
+    encoder_decoder: bool = False,
 ) -> tuple[torch.nn.Module, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """A causal language model in evaluation mode, and its tokenizer; with `encoder_decoder`, one of
+    that kind where its config says so.
 
     `dtype` is a name in `merge.DTYPES`; None takes the checkpoint's own. With `others` the layers
     are spread over all devices; inputs go to the first. Code that comes with a checkpoint is never
     run. Raises CheckpointError for what transformers cannot load.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    two_sided = encoder_decoder and checkpoint.config.get("is_encoder_decoder")
+    auto: Any = AutoModelForSeq2SeqLM if two_sided else AutoModelForCausalLM
     wanted = DTYPES[dtype] if dtype else "auto"
     placed: dict[str, Any] = {}
     if others:
@@ -42,7 +49,7 @@ def load_model(
         placed["device_map"] = spread(empty, (device, *others), DTYPES[dtype] if dtype else None)
     try:
         with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto.from_pretrained(
                 checkpoint.folder,
                 dtype=wanted,
                 use_safetensors=True,

@@ -7,7 +7,7 @@ the weights, and of one gradient at a time. Knows no recipe and no fitted method
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from evomerge.errors import MergeError
 from evomerge.merging.binding import bind
 from evomerge.merging.conversion import Part, places
 from evomerge.merging.fitted.calibration import Batch
+from evomerge.merging.fitted.encoder_decoder import Sides, sides
 from evomerge.merging.materialise import load_model
 
 TakeGradient = Callable[[str, Tensor], None]
@@ -31,12 +32,21 @@ class Network:
     """The model of `anchor` in float32, its weights `anchor`'s until others are written.
 
     `learned` are the stored names of the float tensors that are parameters of the model.
-    `flops` counts what forward and backward passes cost, by 2·P and 4·P for each token.
+    `flops` counts what forward and backward passes cost, by 2·P and 4·P for each token. `model` is
+    a live model of the anchor's shape, to be used in place of one loaded from its folder.
     """
 
-    def __init__(self, anchor: Model, *, device: str = "cpu", checkpointing: bool = False) -> None:
-        loaded: tuple[Any, Any] = load_model(anchor, "float32", device)
-        self.model = loaded[0]
+    def __init__(
+        self,
+        anchor: Weights,
+        *,
+        device: str = "cpu",
+        checkpointing: bool = False,
+        model: Any = None,
+    ) -> None:
+        if model is None:
+            model, _ = load_model(anchor, "float32", device, encoder_decoder=True)
+        self.model: Any = model
         if checkpointing:
             _recompute_activations(self.model)
             self.model.train()  # without it, transformers checkpoints nothing
@@ -83,14 +93,36 @@ class Network:
         return path, module
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits [b, t, v] in float32."""
+        """Logits [b, t, v] in float32; of an encoder-decoder, 0 at places before the answer."""
         batch = batch.to(self.device)
         self.flops += 2.0 * self._size * int(batch.attention.sum())
-        out: Any = self.model(
-            input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False
-        )
-        logits: Tensor = out.logits.float()
+        logits: Tensor = self.model(**self.inputs(batch), use_cache=False).logits.float()
+        if self._is_encoder_decoder:
+            return self._sides(batch).spread(logits, batch.tokens.shape[1])
         return logits
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model is called with for a batch. An encoder-decoder's decoder is given the
+        tokens that count, its encoder those before them; the masks are 1 on real tokens."""
+        if not self._is_encoder_decoder:
+            return {"input_ids": batch.tokens, "attention_mask": batch.attention}
+        found = self._sides(batch)
+        return {
+            "input_ids": found.encoder,
+            "attention_mask": found.encoder_mask,
+            "decoder_input_ids": found.decoder,
+            "decoder_attention_mask": found.decoder_mask,
+        }
+
+    def _sides(self, batch: Batch) -> Sides:
+        config = self.model.config
+        start, end = config.decoder_start_token_id, config.eos_token_id
+        start = config.pad_token_id if start is None else start
+        return sides(batch, start=start or 0, end=end if type(end) is int else None)
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
 
     def backward(self, loss: Tensor, batch: Batch, *, what: str) -> float:
         """Gradients of a scalar loss, handed to whoever `gradients` named; the loss's value.
@@ -106,12 +138,15 @@ class Network:
         return value
 
     @contextmanager
-    def gradients(self, take: TakeGradient) -> Iterator[None]:
+    def gradients(self, take: TakeGradient, *, of: Collection[str] = ()) -> Iterator[None]:
         """While the block runs, each backward pass hands every learned tensor's gradient to `take`,
-        one at a time, and keeps none."""
+        one at a time, and keeps none. Where `of` names stored tensors, theirs alone are computed,
+        and those of what the live model has in one piece with them."""
         collect = _Collector(self, take)
         handles = []
-        for key, parameter in self._parameters.items():
+        keys = {part.key for name in of for part in self.parts[name]} or self._parameters.keys()
+        for key in keys:
+            parameter = self._parameters[key]
             parameter.requires_grad_(True)
             hook = partial(collect, key)
             register: Any = parameter.register_post_accumulate_grad_hook
