@@ -27,12 +27,18 @@ _NAMED = 3  # of one kind of problem, name so many and count the rest
 
 
 def compare(
-    base: Weights, sources: Mapping[str, Weights], *, partial: bool = False, aligned: bool = False
+    base: Weights,
+    sources: Mapping[str, Weights],
+    *,
+    partial: bool = False,
+    aligned: bool = False,
+    advice: str = "choose a vocabulary: `tokenizer: union`",
 ) -> list[str]:
     """Every reason why `sources` cannot be merged onto `base`, a line each; empty if none.
 
     A tensor that only a source has is ignored in merging: it is logged, not reported. `partial`
-    sources need not have all of the base's tensors; `aligned` ones are seen in one vocabulary.
+    sources need not have all of the base's tensors; `aligned` ones are seen in one vocabulary. The
+    `advice` is for sources of another vocabulary.
     """
     problems: list[str] = []
     for name, source in sources.items():
@@ -44,7 +50,7 @@ def compare(
                 problems += _missing(base, name, source)
             problems += [*_tensors(base, name, source), *_tying(base, name, source)]
         if not aligned:
-            problems += _vocabulary(base, name, source)
+            problems += (f"{fault}; {advice}" for fault in _vocabulary(base, name, source))
     return problems
 
 
@@ -108,15 +114,13 @@ def _vocabulary(base: Weights, name: str, source: Weights) -> Iterator[str]:
         token = min(moved, key=lambda t: ours[t])
         yield (
             f"source {name!r}: token {token!r} has id {theirs[token]}, in base {base.path} it is"
-            f" {ours[token]} ({len(moved)} tokens differ); choose a vocabulary:"
-            " `tokenizer: union`"
+            f" {ours[token]} ({len(moved)} tokens differ)"
         )
     elif replaced:
         token = min(replaced, key=lambda t: theirs[t])
         yield (
             f"source {name!r}: id {theirs[token]} is token {token!r}, in base {base.path} it is"
-            f" {taken[theirs[token]]!r} ({len(replaced)} ids differ); choose a vocabulary:"
-            " `tokenizer: union`"
+            f" {taken[theirs[token]]!r} ({len(replaced)} ids differ)"
         )
 
 

@@ -5,15 +5,24 @@ Reads no tensor.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
-from evomerge.checkpoints.weights import Weights
 from evomerge.errors import CheckpointError
 
 
-def skeleton(model: Weights, *, otherwise: str) -> Any:
+class Described(Protocol):
+    """A model, or one to be: what the user calls it, and its config."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+
+def skeleton(model: Described, *, otherwise: str) -> Any:
     """The model of `model.config` on the meta device.
 
     Raises CheckpointError, with what cannot be done `otherwise`, for an architecture that
