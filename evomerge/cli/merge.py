@@ -15,6 +15,7 @@ from rich.filesize import decimal
 from evomerge.cli.bars import byte_bar
 from evomerge.cli.experts import merge_experts_of
 from evomerge.cli.fit import Device, fit_recipe
+from evomerge.cli.mixture import make_mixture_of
 from evomerge.cli.options import AsJson, print_json
 from evomerge.errors import SpecError
 
@@ -61,13 +62,15 @@ def merge(
     from evomerge.merging.aside import check_free
     from evomerge.merging.recipe import ModelRef
     from evomerge.merging.recipe_file import load_recipe
+    from evomerge.merging.structure.mixture_recipe import wants_mixture
 
     largest = size_in_bytes(shard_size)
-    if wants_experts(recipe):
+    if wants_experts(recipe) or wants_mixture(recipe):
         if plan or artifact is not None or directory is None:
             wrong = "experts are merged with OUT_DIR, without --plan and --artifact"
             raise typer.BadParameter(wrong, param_hint="RECIPE.yaml")
-        return merge_experts_of(recipe, directory, shard_bytes=largest, device=device)
+        make = merge_experts_of if wants_experts(recipe) else make_mixture_of
+        return make(recipe, directory, shard_bytes=largest, device=device)
     known = load_recipe(recipe)
     fits = wants_fit(recipe)
     if artifact is None and directory is not None and fits:
