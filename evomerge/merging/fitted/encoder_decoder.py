@@ -6,12 +6,12 @@ Knows no model: token sequences in, tensors to call a model with out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evomerge.merging.fitted.calibration import Batch, Example
+from evomerge.merging.fitted.calibration import Batch
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,15 @@ def sides(batch: Batch, *, start: int, end: int | None) -> Sides:
     """The tokens before the first that counts to the encoder, closed by `end`; `start` and the
     others but the last to the decoder.
 
-    Source: Raffel et al. 2020, arXiv:1910.10683, sec. 2.4 (text to text) and 3.1.1.
+    Of text, where all but the first token count, the second half is the decoder's; so it is where a
+    prompt is a single token. Places in the first half are then predicted by nobody.
+
+    Source: Raffel et al. 2020, arXiv:1910.10683, sec. 2.4 (text to text) and 3.3.1 (prefix language
+    modelling, there split at a random place).
     """
     lengths = batch.attention.sum(1).tolist()
-    firsts = batch.counted.int().argmax(1).tolist()
+    counted = batch.counted.int().argmax(1).tolist()
+    firsts = [at or (length - 1) // 2 for at, length in zip(counted, lengths, strict=True)]
     tail = [] if end is None else [end]
     encoder, decoder = [], []
     for tokens, length, first in zip(batch.tokens.tolist(), lengths, firsts, strict=True):
@@ -52,15 +57,6 @@ def sides(batch: Batch, *, start: int, end: int | None) -> Sides:
     return Sides(
         *_padded(encoder, device), *_padded(decoder, device), torch.tensor(firsts, device=device)
     )
-
-
-def continued(example: Example) -> Example:
-    """Text without an answer with one: its second half, which the decoder is to go on with.
-
-    Source: prefix language modelling, Raffel et al. 2020, arXiv:1910.10683, sec. 3.3.1, there split
-    at a random place.
-    """
-    return example if example.answer else replace(example, answer=(len(example.tokens) + 1) // 2)
 
 
 def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -42,13 +42,18 @@ class ExpertLayer:
         return f"{self.prefix}.experts.{self.label}{expert}.{role}"
 
     @property
+    def in_decoder(self) -> bool:
+        """Whether its name says that it is a decoder's."""
+        return f".{self.prefix}".startswith((".decoder.", ".model.decoder."))
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The tensors that every expert has."""
         return tuple(self.neuron_axes)
 
 
 def expert_layers(model: Weights) -> tuple[ExpertLayer, ...]:
-    """The layers of a model that have experts, in order of depth.
+    """The layers of a model that have experts, in order of depth, an encoder's before a decoder's.
 
     Shared experts are none of them. Raises MergeError for a dense model, for experts that are
     stored as one tensor, and for a layer whose experts differ or whose router is not found.
@@ -62,10 +67,11 @@ def expert_layers(model: Weights) -> tuple[ExpertLayer, ...]:
             labels[match["layer"]] = match["label"]
     if not found:
         raise _none_found(model)
-    return tuple(
+    layers = [
         _layer(model, prefix, found[prefix], labels[prefix])
         for prefix in sorted(found, key=_natural)
-    )
+    ]
+    return tuple(sorted(layers, key=lambda layer: layer.in_decoder))
 
 
 def expert_count_keys(config: Mapping[str, Any], experts: int) -> tuple[str, ...]:
@@ -77,7 +83,7 @@ def expert_count_keys(config: Mapping[str, Any], experts: int) -> tuple[str, ...
         key
         for key, value in config.items()
         if "expert" in key and type(value) is int and value == experts
-        if not re.search(r"per_tok|shared|selected", key)
+        if not re.search(r"per_tok|shared|selected|capacity", key)
     )
     if not keys:
         raise MergeError(f"config.json: no setting says that a layer has {experts} experts")

@@ -15,7 +15,7 @@ from torch import Tensor
 from evomerge.checkpoints.weights import Weights
 from evomerge.merging.structure.moe_alignment import permuted
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_count_keys
-from evomerge.merging.structure.moe_plan import REMAPPED, Aligner, LayerPlan
+from evomerge.merging.structure.moe_plan import REMAPPED, Aligner, LayerPlan, reference_of
 from evomerge.merging.structure.moe_settings import ExpertSettings
 
 
@@ -41,10 +41,11 @@ class MergedExperts:
         settings: ExpertSettings,
         *,
         routers: Sequence[Tensor] = (),
+        aligner: Aligner | None = None,
     ) -> None:
         self._model, self._layers, self._plans = model, layers, plans
         self._settings = settings
-        self._aligner = Aligner(model, layers)
+        self._aligner = aligner or Aligner(model, layers)
         self._of_expert: dict[str, tuple[int, int, str]] = {}  # layer, group, role
         self._rows: dict[str, Tensor] = {}
         self._merged_at = -1  # the layer that `_kept` is of: a form may ask for a tensor again
@@ -129,10 +130,10 @@ class MergedExperts:
         return self._kept[group, role]
 
     def _aligned(self, at: int, expert: int, role: str, leader: int) -> Tensor:
-        layer, to = self._layers[at], self._settings.aligned_to
+        layer = self._layers[at]
         tensor = self._model.tensor(layer.name(expert, role))
-        reference = 0 if to == "first" else leader
-        if to == "none" or expert == reference:
+        reference = reference_of(expert, leader, self._settings)
+        if reference is None:
             return tensor
         order = self._aligner.order(at, expert, reference)
         return permuted(tensor, order, layer.neuron_axes[role])

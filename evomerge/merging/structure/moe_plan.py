@@ -6,15 +6,16 @@ Reads weights only where experts are compared by them; merges nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from evomerge.checkpoints.weights import Weights
 from evomerge.errors import MergeError
-from evomerge.merging.structure.moe_alignment import matched
+from evomerge.merging.structure.moe_alignment import matched, matched_by_activations
 from evomerge.merging.structure.moe_grouping import (
     Groups,
     adaptive_counts,
@@ -25,7 +26,7 @@ from evomerge.merging.structure.moe_grouping import (
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_count_keys, top_k
 from evomerge.merging.structure.moe_settings import ExpertSettings
 from evomerge.merging.structure.moe_similarity import similarity_gram
-from evomerge.merging.structure.moe_statistics import LayerStatistics
+from evomerge.merging.structure.moe_statistics import LayerStatistics, RoutedInputs
 
 REMAPPED = "evomerge_remapped"
 """`model_type` of a config whose checkpoint only `remapped` can load."""
@@ -40,23 +41,73 @@ class LayerPlan:
 
 
 class Aligner:
-    """The neuron orders of a model's experts, each computed once."""
+    """The neuron orders of a model's experts, each computed once.
 
-    def __init__(self, model: Weights, layers: Sequence[ExpertLayer]) -> None:
-        self._model, self._layers = model, layers
-        self._orders: dict[tuple[int, int, int], Tensor] = {}
+    By weights; by what neurons make of each layer's `inputs` where those are given. `orders` holds
+    those known so far, by layer, expert and reference.
+    """
+
+    def __init__(
+        self,
+        model: Weights,
+        layers: Sequence[ExpertLayer],
+        inputs: Sequence[RoutedInputs] = (),
+        orders: Mapping[tuple[int, int, int], Tensor] | None = None,
+    ) -> None:
+        self._model, self._layers, self._inputs = model, layers, inputs
+        self.orders: dict[tuple[int, int, int], Tensor] = dict(orders or {})
 
     def order(self, at: int, expert: int, reference: int) -> Tensor:
         """The order [f] of an expert's neurons that matches a reference of the same layer."""
         key = at, expert, reference
-        if key not in self._orders:
-            one, other = self._expert(at, reference), self._expert(at, expert)
-            self._orders[key] = matched(one, other, self._layers[at].neuron_axes)
-        return self._orders[key]
+        if key not in self.orders:
+            self.orders[key] = self._matched(*key)
+        return self.orders[key]
+
+    def of_plans(self, plans: Sequence[LayerPlan], settings: ExpertSettings) -> None:
+        """Compute all that a merge by these plans asks for."""
+        for at, plan in enumerate(plans):
+            for expert, leader in enumerate(plan.groups.leaders):
+                reference = reference_of(expert, leader, settings)
+                shared = plan.weights[expert] not in (0.0, 1.0)
+                if reference is not None and shared:
+                    self.order(at, expert, reference)
+
+    def _matched(self, at: int, expert: int, reference: int) -> Tensor:
+        one, other = self._expert(at, reference), self._expert(at, expert)
+        axes = self._layers[at].neuron_axes
+        if not self._inputs:
+            return matched(one, other, axes)
+        inputs = self._inputs[at]
+        rows = inputs.of(expert, reference)
+        return matched_by_activations(one, other, axes, rows, inputs.activation)
 
     def _expert(self, at: int, expert: int) -> dict[str, Tensor]:
         layer = self._layers[at]
         return {role: self._model.tensor(layer.name(expert, role)) for role in layer.roles}
+
+
+def aligner_of(
+    model: Weights,
+    layers: Sequence[ExpertLayer],
+    seen: Sequence[LayerStatistics],
+    settings: ExpertSettings,
+) -> Aligner:
+    """The aligner that the settings ask for."""
+    if settings.alignment_by == "weights":
+        return Aligner(model, layers)
+    return Aligner(model, layers, [s.inputs for s in seen if s.inputs is not None])
+
+
+def reference_of(expert: int, leader: int, settings: ExpertSettings) -> int | None:
+    """The expert whose order of neurons an expert takes; None for its own."""
+    reference = 0 if settings.aligned_to == "first" else leader
+    return None if settings.aligned_to == "none" or expert == reference else reference
+
+
+def compared_in(aligner: Aligner, settings: ExpertSettings, at: int, expert: int) -> Tensor | None:
+    """The order of an expert's neurons in which it is compared to others; None for its own."""
+    return None if settings.aligned_to == "none" else aligner.order(at, expert, 0)
 
 
 def check_settings(model: Weights, layers: Sequence[ExpertLayer], settings: ExpertSettings) -> None:
@@ -64,6 +115,11 @@ def check_settings(model: Weights, layers: Sequence[ExpertLayer], settings: Expe
     experts = layers[0].experts
     if any(layer.experts != experts for layer in layers):
         raise MergeError(f"{model.path}: its layers have different numbers of experts")
+    if (chosen := top_k(model.config)) > experts:
+        raise MergeError(
+            f"{model.path}: config.json sends each token to {chosen} experts, its layers have"
+            f" {experts}"
+        )
     if outside := [at for at in settings.skip if not 0 <= at < len(layers)]:
         raise MergeError(f"experts.skip: no layer {outside[0]} among {len(layers)} with experts")
     collapsed = settings.form == "collapsed"
@@ -86,7 +142,7 @@ def _check_collapsible(model: Weights, layers: Sequence[ExpertLayer]) -> None:
             " router would change; take `form: remapped`"
         )
     for name in layers[0].router[1:]:
-        if not name.endswith(".bias"):
+        if len(model.shape(name)) > 1:
             raise MergeError(
                 f"{model.path}: its router also has {name}, which cannot be collapsed; take `form:"
                 " remapped`"
@@ -100,19 +156,20 @@ def plan_experts(
     settings: ExpertSettings,
     *,
     seed: int = 0,
+    aligner: Aligner | None = None,
 ) -> list[LayerPlan]:
-    """Groups and weights for every layer. Raises MergeError where the settings do not fit."""
+    """Groups and weights for every layer; `aligner` is one that earlier plans have filled.
+
+    Raises MergeError where the settings do not fit.
+    """
     check_settings(model, layers, settings)
     usage = torch.stack([statistics.usage(settings.usage) for statistics in seen])
     counts = _counts(usage, settings)
-    aligner = Aligner(model, layers)
+    aligner = aligner or aligner_of(model, layers, seen, settings)
     generator = torch.Generator().manual_seed(seed)
     plans = []
     for at, (layer, keep) in enumerate(zip(layers, counts, strict=True)):
-
-        def order(expert: int, at: int = at) -> Tensor | None:
-            return None if settings.aligned_to == "none" else aligner.order(at, expert, 0)
-
+        order = partial(compared_in, aligner, settings, at)
         gram = similarity_gram(
             settings.compared_by, model, layer, seen[at], order=order, generator=generator
         )

@@ -17,7 +17,20 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Similarity = Literal[
-    "router_logits", "router_weights", "expert_weights", "features", "outputs", "random"
+    "router_logits",
+    "router_weights",
+    "router_weight_features",
+    "features",
+    "absolute_features",
+    "expert_weights",
+    "expert_weight_features",
+    "gradients",
+    "weight_gradients",
+    "neuron_correlation",
+    "neuron_correlation_max",
+    "outputs",
+    "output_mse",
+    "random",
 ]
 
 
@@ -86,6 +99,7 @@ class ExpertSettings(BaseModel):
     usage: Literal["count", "gate_mass"] = "count"
     exponent: float = Field(default=1.0, ge=0.0)
     alignment: Literal["first", "dominant", "none"] | None = None
+    alignment_by: Literal["weights", "activations"] = "weights"
     skip: tuple[int, ...] = ()
     form: Literal["replicated", "remapped", "collapsed"] = "replicated"
     router: Literal["dominant", "mean", "logsumexp"] = "dominant"
@@ -116,6 +130,22 @@ class ExpertSettings(BaseModel):
     def aligned_to(self) -> Literal["first", "dominant", "none"]:
         """Whose order of neurons experts take: as published unless one is given."""
         return self.alignment or ("first" if self.method == "m_smoe" else "none")
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether every expert has to compute every token."""
+        return self.compared_by in ("outputs", "output_mse")
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether inputs of experts have to be kept, for what their neurons make of them."""
+        by_activations = self.alignment_by == "activations" and self.aligned_to != "none"
+        return by_activations or self.compared_by.startswith("neuron_correlation")
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the model has to be run backwards."""
+        return self.compared_by in ("gradients", "weight_gradients")
 
     @property
     def adaptive(self) -> bool:

@@ -20,9 +20,30 @@ from evomerge.checkpoints.weights import Weights
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.calibration import Example, batches
 from evomerge.merging.fitted.network import Network
+from evomerge.merging.structure.moe_alignment import activation_name, outputs_of
 from evomerge.merging.structure.moe_layers import ExpertLayer
 
 UsageBase = Literal["count", "gate_mass"]
+_CHUNK = 1024  # tokens that all experts compute at a time
+
+
+ROWS = 4096
+"""Inputs of a layer that are kept where neurons are to be compared by what they do."""
+
+
+@dataclass(frozen=True)
+class RoutedInputs:
+    """The first tokens of the data, at most `ROWS`: a layer's inputs [n, d], float32, and the
+    experts [n, k] that each was sent to. `activation` is the nonlinearity's name."""
+
+    rows: Tensor
+    chosen: Tensor
+    activation: str
+
+    def of(self, *experts: int) -> Tensor:
+        """The inputs that were sent to any of these experts."""
+        sent = [(self.chosen == expert).any(1) for expert in experts]
+        return self.rows[torch.stack(sent).any(0)]
 
 
 @dataclass
@@ -31,15 +52,25 @@ class LayerStatistics:
 
     counts [E]: tokens sent to each expert, each of a token's top k counted once. gate_mass [E]: the
     same, each by its gate value. logits [E, E]: HᵀH of the router's logits H [tokens, E].
-    features [E, d]: sum of the layer's inputs that were sent to each expert. outputs [E, d]: sum of
-    every expert's outputs for all tokens, sent to it or not; None where that was not asked for.
+    features, magnitudes, squares [E, d]: sums of x, |x| and x² of the layer's inputs x that were
+    sent to each expert.
+
+    None where it was not asked for: outputs [E, d], the sum of every expert's outputs for all
+    tokens, sent to it or not, and output_products [E, E], that of their inner products; `inputs`;
+    gradients and weight_gradients [E, E], see `moe_gradients`.
     """
 
     counts: Tensor
     gate_mass: Tensor
     logits: Tensor
     features: Tensor
+    magnitudes: Tensor
+    squares: Tensor
     outputs: Tensor | None = None
+    output_products: Tensor | None = None
+    inputs: RoutedInputs | None = None
+    gradients: Tensor | None = None
+    weight_gradients: Tensor | None = None
     tokens: int = field(default=0)
 
     def usage(self, base: UsageBase = "count") -> Tensor:
@@ -47,15 +78,15 @@ class LayerStatistics:
         mass = self.counts if base == "count" else self.gate_mass
         return mass / mass.sum()
 
-    @property
-    def mean_features(self) -> Tensor:
-        """The mean input [E, d] of what was sent to each expert; 0 where nothing was."""
-        return self.features / self.counts.clamp(min=1)[:, None]
+    def mean(self, sums: Tensor) -> Tensor:
+        """Sums [E, d] over what was sent to each expert as means; 0 where nothing was."""
+        return sums / self.counts.clamp(min=1)[:, None]
 
 
 Take = Callable[[int, Tensor, Tensor, Tensor, nn.Module], None]
 """Is handed an expert layer's place, the inputs [n, d] of its real tokens, the experts [n, k] each
-is sent to, their gate values [n, k], and the live module of its experts."""
+is sent to (−1 for none: beyond an expert's capacity), their gate values [n, k], and the live module
+of its experts."""
 
 
 @torch.no_grad()
@@ -67,28 +98,85 @@ def routing_statistics(
     *,
     batch_size: int,
     outputs: bool = False,
+    inputs: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[LayerStatistics]:
     """Run the examples through a network; what every layer of experts did, padding left out.
 
-    `outputs` has every expert compute every token as well, as HC-SMoE needs it.
-    Raises MergeError for NaN or infinity in what a router is given.
+    `outputs` has every expert compute every token as well. `inputs` keeps inputs: `ROWS`·d floats
+    for each layer.
+    Raises MergeError for NaN or infinity in what a router is given, for a layer that is given fewer
+    tokens than it has experts, and with `inputs` for experts whose neurons are not told.
     """
-    routers = [model.tensor(layer.router[0]).to(network.device).float() for layer in layers]
-    biases = [_bias(model, layer, network.device) for layer in layers]
-    found = [_empty(layer.experts, w.shape[1], outputs, w.device)
-             for layer, w in zip(layers, routers, strict=True)]  # fmt: skip
+    watch = _Watch(network, model, layers, outputs=outputs, inputs=inputs)
+    watch_routing(network, layers, examples, watch, batch_size=batch_size, progress=progress)
+    for layer, statistics in zip(layers, watch.found, strict=True):
+        _check(layer, statistics)
+    return [_on_cpu(statistics) for statistics in watch.found]
 
-    def take(at: int, rows: Tensor, chosen: Tensor, gates: Tensor, module: nn.Module) -> None:
-        _add(found[at], rows, chosen, gates, functional.linear(rows, routers[at], biases[at]))
-        if outputs:
-            _add_outputs(found[at], rows, module)
 
-    watch_routing(network, layers, examples, take, batch_size=batch_size, progress=progress)
-    for layer, statistics in zip(layers, found, strict=True):
-        if not bool(statistics.logits.isfinite().all()):
-            raise MergeError(f"{layer.router[0]}: gives NaN or infinity on the calibration data")
-    return [_on_cpu(statistics) for statistics in found]
+class _Watch:
+    """Adds up what every layer is seen to do."""
+
+    def __init__(
+        self,
+        network: Network,
+        model: Weights,
+        layers: Sequence[ExpertLayer],
+        *,
+        outputs: bool,
+        inputs: bool,
+    ) -> None:
+        device = network.device
+        self._model, self._layers = model, layers
+        self._outputs, self._inputs = outputs, inputs
+        self._routers = [model.tensor(layer.router[0]).to(device).float() for layer in layers]
+        self._biases = [_bias(model, layer, device) for layer in layers]
+        self._activation = activation_name(network.model.config) if inputs else ""
+        self.found = [
+            _empty(layer.experts, w.shape[1], outputs, w.device)
+            for layer, w in zip(layers, self._routers, strict=True)
+        ]
+
+    def __call__(
+        self, at: int, rows: Tensor, chosen: Tensor, gates: Tensor, module: nn.Module
+    ) -> None:
+        logits = functional.linear(rows, self._routers[at], self._biases[at])
+        _add(self.found[at], rows, chosen, gates, logits)
+        if self._outputs:
+            for start in range(0, len(rows), _CHUNK):
+                _add_outputs(self.found[at], rows[start : start + _CHUNK], module)
+        if self._inputs:
+            self._keep(at, rows, chosen, module)
+
+    def _keep(self, at: int, rows: Tensor, chosen: Tensor, module: nn.Module) -> None:
+        kept, layer = self.found[at].inputs, self._layers[at]
+        if kept is None:
+            tensors = {role: self._model.tensor(layer.name(0, role)) for role in layer.roles}
+            made = outputs_of(tensors, layer.neuron_axes, rows.cpu(), self._activation)
+            found = _answers(module, rows, 0, layer.experts).cpu()
+            if not torch.allclose(made, found, rtol=1e-2, atol=1e-3 * float(found.abs().max())):
+                raise MergeError(
+                    f"{layer.prefix}: what its neurons do cannot be told from its weights;"
+                    " take `alignment_by: weights` and another similarity"
+                )
+            kept = RoutedInputs(rows[:0].cpu(), chosen[:0].cpu(), self._activation)
+        room = ROWS - len(kept.rows)
+        self.found[at].inputs = RoutedInputs(
+            torch.cat([kept.rows, rows[:room].cpu()]),
+            torch.cat([kept.chosen, chosen[:room].cpu()]),
+            self._activation,
+        )
+
+
+def _check(layer: ExpertLayer, seen: LayerStatistics) -> None:
+    if not bool(seen.logits.isfinite().all()):
+        raise MergeError(f"{layer.router[0]}: gives NaN or infinity on the calibration data")
+    if seen.tokens < layer.experts or not bool(seen.counts.sum() > 0):
+        raise MergeError(
+            f"calibration: {layer.prefix} is given {seen.tokens} tokens, too few to tell its"
+            f" {layer.experts} experts by; name more data or raise `count`"
+        )
 
 
 def watch_routing(
@@ -101,21 +189,22 @@ def watch_routing(
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
     """Run the examples and hand what is routed in every layer to `take`, batch by batch."""
-    real = [torch.empty(0, dtype=torch.bool)]
+    real: dict[str, Tensor] = {}
     with _watched(network, layers, take, real):
         for number, part in enumerate(batches(examples, batch_size), 1):
-            real[0] = part.attention.reshape(-1).bool().to(network.device)
+            for side, values in network.inputs(part.to(network.device)).items():
+                real[side] = values.reshape(-1).bool()
             network.logits(part)
             progress(min(number * batch_size, len(examples)), len(examples))
 
 
 @contextmanager
 def _watched(
-    network: Network, layers: Sequence[ExpertLayer], take: Take, real: list[Tensor]
+    network: Network, layers: Sequence[ExpertLayer], take: Take, real: dict[str, Tensor]
 ) -> Iterator[None]:
     handles = [
         experts_module(network, layer).register_forward_pre_hook(
-            partial(_routed, at, take, real), with_kwargs=True
+            partial(_routed, at, layer, take, real), with_kwargs=True
         )
         for at, layer in enumerate(layers)
     ]
@@ -127,47 +216,74 @@ def _watched(
 
 
 def _routed(
-    at: int, take: Take, real: list[Tensor], module: nn.Module, args: Any, kwargs: Any
+    at: int,
+    layer: ExpertLayer,
+    take: Take,
+    real: dict[str, Tensor],
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
 ) -> None:
-    """transformers' experts are called with (hidden states, top-k indices, top-k gate values)."""
+    """transformers' experts are called with (hidden states, top-k indices, top-k gate values);
+    those of Switch with indices as 0 and 1, [n, 1, E]."""
     rows, chosen, gates = (*args, *kwargs.values())[:3]
     rows = rows.reshape(-1, rows.shape[-1])
-    if chosen.is_floating_point() or len(chosen) != len(rows) or len(rows) != len(real[0]):
+    if one_hot(chosen, layer.experts):
+        chosen = torch.where(chosen.any(2), chosen.argmax(2), -1)
+    mask = "decoder_attention_mask" if layer.in_decoder else "attention_mask"
+    keep = real.get(mask, real["attention_mask"])
+    if chosen.is_floating_point() or len(chosen) != len(rows) or len(rows) != len(keep):
         raise MergeError(
             f"{type(module).__name__}: its routing cannot be watched; transformers calls these"
             " experts in another way than those of Mixtral or Qwen"
         )
-    keep = real[0]
     take(at, rows[keep].float(), chosen[keep], gates[keep], module)
+
+
+def one_hot(chosen: Tensor, experts: int) -> bool:
+    """Whether experts are told by a 1 among `experts` numbers, as Switch's are."""
+    return chosen.ndim == 3 and chosen.shape[2] == experts
 
 
 def experts_module(network: Network, layer: ExpertLayer) -> nn.Module:
     """The live module that holds a layer's experts."""
     key = network.parts[layer.name(0, layer.roles[0])][0].key
-    module: nn.Module = network.model.get_submodule(key.rpartition(".")[0])
+    module: nn.Module = network.model.get_submodule(f"{key.rpartition('.experts.')[0]}.experts")
     return module
 
 
 def _add(
     found: LayerStatistics, rows: Tensor, chosen: Tensor, gates: Tensor, logits: Tensor
 ) -> None:
-    experts = len(found.counts)
-    flat = chosen.reshape(-1)
     found.tokens += len(rows)
-    found.counts += torch.bincount(flat, minlength=experts)
-    found.gate_mass.index_add_(0, flat, gates.reshape(-1).double())
     found.logits += logits.double().T @ logits.double()
-    sent = rows.double().repeat_interleave(chosen.shape[1], 0)
+    token, place = (chosen >= 0).nonzero(as_tuple=True)
+    flat = chosen[token, place]
+    found.counts += torch.bincount(flat, minlength=len(found.counts))
+    found.gate_mass.index_add_(0, flat, gates[token, place].double())
+    sent = rows.double()[token]
     found.features.index_add_(0, flat, sent)
+    found.magnitudes.index_add_(0, flat, sent.abs())
+    found.squares.index_add_(0, flat, sent.square())
 
 
-def _add_outputs(found: LayerStatistics, rows: Tensor, module: Any) -> None:
-    """By the module's own arithmetic, with every token sent to one expert at a time."""
+def _add_outputs(found: LayerStatistics, rows: Tensor, module: nn.Module) -> None:
     assert found.outputs is not None
-    for expert in range(len(found.counts)):
-        chosen = torch.full((len(rows), 1), expert, device=rows.device)
-        made = module.forward(rows, chosen, rows.new_ones(len(rows), 1))  # past the hooks
-        found.outputs[expert] += made.double().sum(0)
+    assert found.output_products is not None
+    experts = len(found.counts)
+    made = torch.stack([_answers(module, rows, e, experts) for e in range(experts)]).double()
+    found.outputs += made.sum(1)
+    flat = made.reshape(experts, -1)
+    found.output_products += flat @ flat.T
+
+
+def _answers(module: Any, rows: Tensor, expert: int, experts: int) -> Tensor:
+    """An expert's outputs [n, d], by the module's own arithmetic: every token is sent to it."""
+    chosen = torch.full((len(rows), 1), expert, device=rows.device)
+    if isinstance(module, nn.ModuleDict):
+        chosen = functional.one_hot(chosen, experts)
+    made: Tensor = module.forward(rows, chosen, rows.new_ones(len(rows), 1))  # past the hooks
+    return made.float()
 
 
 def _bias(model: Weights, layer: ExpertLayer, device: str) -> Tensor | None:
@@ -179,20 +295,21 @@ def _empty(experts: int, width: int, outputs: bool, device: torch.device) -> Lay
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    wide = (experts, width)
-    made = zeros(*wide) if outputs else None
+    wide, square = (experts, width), (experts, experts)
     return LayerStatistics(
-        zeros(experts), zeros(experts), zeros(experts, experts), zeros(*wide), made
+        counts=zeros(experts),
+        gate_mass=zeros(experts),
+        logits=zeros(*square),
+        features=zeros(*wide),
+        magnitudes=zeros(*wide),
+        squares=zeros(*wide),
+        outputs=zeros(*wide) if outputs else None,
+        output_products=zeros(*square) if outputs else None,
     )
 
 
 def _on_cpu(found: LayerStatistics) -> LayerStatistics:
-    made = found.outputs.cpu() if found.outputs is not None else None
-    return LayerStatistics(
-        found.counts.cpu(),
-        found.gate_mass.cpu(),
-        found.logits.cpu(),
-        found.features.cpu(),
-        made,
-        found.tokens,
-    )
+    for key, value in vars(found).items():
+        if isinstance(value, Tensor):
+            setattr(found, key, value.cpu())
+    return found
