@@ -18,7 +18,9 @@ from datetime import datetime
 from typing import Any, Literal
 
 Part = Literal["search", "selection", "report"]
-Kind = Literal["base", "source", "uniform", "task_arithmetic", "search", "refined"]
+Kind = Literal[
+    "base", "source", "uniform", "task_arithmetic", "published", "search", "refined"
+]
 CANDIDATES: tuple[Kind, ...] = ("search", "refined")
 """The kinds of trials that may win; the others are baselines. The sampler is told of `search`."""
 Genome = tuple[float, ...]

@@ -28,7 +28,7 @@ from evomerge.errors import SpecError
 from evomerge.merging.fitted import registry
 from evomerge.merging.fitted.base import Fitter, Problem, Settings
 from evomerge.merging.methods.registry import check
-from evomerge.merging.methods.registry import get as get_method
+from evomerge.merging.methods.registry import facts as facts_of
 from evomerge.merging.recipe import ModelRef, Recipe
 from evomerge.merging.recipe_file import load_recipe
 from evomerge.spec import problems
@@ -63,7 +63,7 @@ def load_request(path: Path) -> Request:
     assert isinstance(document, Mapping)  # as load_recipe has found
     faults: list[str] = []
     try:
-        kind = get_method(recipe.method).artifact
+        kind = facts_of(recipe.method).artifact
     except Exception:  # `check` says it better
         kind = None
     faults += check(replace(recipe, artifact=ModelRef("")) if kind else recipe)

@@ -10,7 +10,7 @@ from evomerge.cli.options import AsJson, print_json
 
 if TYPE_CHECKING:
     from evomerge.merging.fitted.base import Fitter
-    from evomerge.merging.methods.base import MergeMethod, Parameter
+    from evomerge.merging.methods.base import MethodFacts, Parameter
 
 
 def register(app: typer.Typer) -> None:
@@ -25,9 +25,9 @@ def methods(
     json: AsJson = False,
 ) -> None:
     """Every merge method, or one: formula, parameters, what it needs."""
-    from evomerge.merging.methods.registry import METHODS, get
+    from evomerge.merging.methods.registry import ALL, facts
 
-    chosen = [get(name)] if name else list(METHODS.values())
+    chosen = [facts(name)] if name else list(ALL.values())
     if json:
         documents = [_document(method) for method in chosen]
         print_json(documents[0] if name else documents)
@@ -36,7 +36,7 @@ def methods(
         _describe(method, whole=name is not None)
 
 
-def _describe(method: MergeMethod, *, whole: bool) -> None:
+def _describe(method: MethodFacts, *, whole: bool) -> None:
     needs = "needs a base" if method.needs_base else "needs no base"
     typer.echo(f"{method.name}: {method.summary}")
     typer.echo(f"    {method.formula}")
@@ -67,7 +67,7 @@ def _needs(fitter: Fitter) -> list[str]:
     return [*base, data, *(["backward passes"] if fitter.needs_gradients else [])]
 
 
-def _sources(method: MergeMethod) -> str:
+def _sources(method: MethodFacts) -> str:
     if method.max_sources == method.min_sources:
         return f"exactly {method.min_sources} sources"
     most = "" if method.max_sources is None else f", at most {method.max_sources}"
@@ -84,7 +84,7 @@ def _range(parameter: Parameter) -> str:
     return f"[{low}, {high}]"
 
 
-def _document(method: MergeMethod) -> dict[str, Any]:
+def _document(method: MethodFacts) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": method.summary,

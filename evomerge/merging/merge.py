@@ -23,13 +23,14 @@ from evomerge.checkpoints.compare import compare, token_ids
 from evomerge.checkpoints.tokenizer_writer import output_config
 from evomerge.checkpoints.vocabulary import Vocabulary, plan_vocabulary
 from evomerge.checkpoints.weights import Model, Weights
-from evomerge.errors import MergeError, ShapeMismatch, SpecError
+from evomerge.errors import MergeError, NonFiniteModel, ShapeMismatch, SpecError
 from evomerge.merging.compute import BLOCK_SIZE, Operands, merge_tensor
 from evomerge.merging.fitted.artifact import Artifact, open_artifact
 from evomerge.merging.kernels.facts import Store
 from evomerge.merging.layout import layout
 from evomerge.merging.methods import registry
 from evomerge.merging.methods.base import Blocks, Coefficients, MergeMethod
+from evomerge.merging.methods.structural import Built, StructuralMethod
 from evomerge.merging.parts import PartKey, part_of, parts, place_in
 from evomerge.merging.recipe import BASE, ModelRef, Recipe
 from evomerge.merging.stacking import Restacked, Slices, Stack
@@ -82,6 +83,8 @@ class Merge:
         if recipe.slices:
             self._stack(recipe.slices)
         self.artifact = self._opened(recipe.artifact) if recipe.artifact else None
+        self._built = self._build(registry.STRUCTURAL[recipe.method]) if self.is_built else None
+        self.anchor = self._built or self.anchor
         self.names = self.anchor.names
         self._parts = parts(recipe)
         self._surveys: dict[PartKey, Any] = {}
@@ -90,8 +93,15 @@ class Merge:
         self._references = {source.name: source.model for source in recipe.sources}
         self._places = layout(self.names)
 
+    @property
+    def is_built(self) -> bool:
+        """Whether the merge changes structure: the anchor is then the merged model itself."""
+        return self.recipe.method in registry.STRUCTURAL
+
     def is_merged(self, name: str) -> bool:
         """Whether a tensor is merged; if not, it is copied from the anchor."""
+        if self.is_built:
+            return False
         learned = self.anchor.dtype(name).is_floating_point and not _COMPUTED.search(name)
         return learned and math.prod(self.shape(name)) > 0
 
@@ -113,6 +123,8 @@ class Merge:
         """
         if not self.is_merged(name):
             out.copy_(self.anchor.tensor(name).reshape(-1))
+            if self.is_built and not bool(out.isfinite().all()):
+                raise NonFiniteModel(f"{name}: holds NaN or infinity once merged")
             return
         method, coefficients = self.method(name), self.coefficients(name)
         operands = self._operands(coefficients)
@@ -151,6 +163,8 @@ class Merge:
 
     def inputs(self, name: str) -> list[tuple[Weights, str]]:
         """What one tensor is computed from: models of the recipe, and their own names of it."""
+        if self.is_built:
+            return []  # several tensors of a model; they are looked at when all is done
         if not self.is_merged(name):
             views = [self.anchor]
         else:
@@ -174,6 +188,8 @@ class Merge:
 
         None if the tensor depends on the whole model.
         """
+        if self._built is not None:
+            return self.dtype(name), self._built.fingerprint(name)
         if not self.is_merged(name):
             return self.anchor.path
         if self._survey(part_of(self.recipe, self._places[name])) is not None:
@@ -201,7 +217,7 @@ class Merge:
         artifact = open_artifact(reference.path)
         if reference.digest not in (None, artifact.digest):
             raise MergeError(f"{reference.path}: was fitted again and is another artifact now")
-        wanted = {registry.get(part.recipe.method).artifact for part in parts(self.recipe).values()}
+        wanted = {registry.facts(p.recipe.method).artifact for p in parts(self.recipe).values()}
         kind = artifact.provenance.kind
         for other in sorted(filter(None, wanted - {kind})):
             raise MergeError(
@@ -221,6 +237,14 @@ class Merge:
                 self.base = Aligned(BASE, vocabulary, members)
             self.sources = {name: Aligned(name, vocabulary, members) for name in self.sources}
         return vocabulary
+
+    def _build(self, method: StructuralMethod) -> Built:
+        places = layout(self.donor.names)
+
+        def resolve(name: str) -> Coefficients:
+            return registry.coefficients(self.recipe, places[name], self.donor.shape(name))
+
+        return method.build(self.members, self.artifact, resolve)
 
     def _stack(self, slices: Slices) -> None:
         """See every model as the slices do."""
@@ -288,7 +312,7 @@ def open_merge(recipe: Recipe) -> Merge:
         recipe = recipe.with_digests({path: models[path].scan().digest for path in unknown})
     merge = Merge(recipe, models)
     problems = compare(
-        merge.anchor,
+        merge.donor if merge.is_built else merge.anchor,
         merge.sources,
         partial=bool(recipe.slices),
         aligned=recipe.tokenizer is not None,

@@ -149,7 +149,9 @@ def _named(model: ModelRef | None) -> str | None:
 def _parameters(
     a: Recipe, b: Recipe, pairs: Sequence[tuple[Source, Source]], places: Sequence[Place]
 ) -> Iterator[ParameterDifference]:
-    scopes = {p.name: p.scope for recipe in (b, a) for p in registry.get(recipe.method).parameters}
+    scopes = {
+        p.name: p.scope for recipe in (b, a) for p in registry.facts(recipe.method).parameters
+    }
     for name in sorted(scopes):
         sides = pairs if scopes[name] == "source" else [(None, None)]
         for one, other in sides:
@@ -163,7 +165,7 @@ def _parameters(
 
 def _value(recipe: Recipe, name: str, source: Source | None) -> Value | None:
     """A source's own value wins over the recipe's, the recipe's over the default."""
-    declared = {p.name: p for p in registry.get(recipe.method).parameters}
+    declared = {p.name: p for p in registry.facts(recipe.method).parameters}
     if name not in declared:
         return ABSENT
     value = recipe.parameters.get(name, declared[name].default)

@@ -15,7 +15,7 @@ from evomerge.errors import MergeError, UserError
 from evomerge.merging.fitted.artifact import Artifact, open_artifact
 from evomerge.merging.fitted.layer_weights import layer_weights
 from evomerge.merging.fitted.linear_merges import WEIGHTED
-from evomerge.merging.methods.registry import METHODS
+from evomerge.merging.methods.registry import ALL
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.scoring.splits import part_of
 from evomerge.scoring.tasks import LoadedTasks
@@ -35,8 +35,8 @@ def inspect_artifact(
     `digests` are those of the models that could be opened, by path. Empty where a method needs no
     artifact, or where what there is will not do.
     """
-    wanted = METHODS[method].artifact if method in METHODS else None
-    if method in METHODS and (fault := _fault(spec.artifact, method, wanted)):
+    wanted = ALL[method].artifact if method in ALL else None
+    if method in ALL and (fault := _fault(spec.artifact, method, wanted)):
         problems.append(fault)
     if wanted is None or spec.artifact is None:
         return {}

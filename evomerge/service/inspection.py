@@ -16,6 +16,8 @@ from evomerge.checkpoints.compare import compare
 from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import SpecError, TaskError, UserError
 from evomerge.merging.layout import layer_of
+from evomerge.merging.methods.registry import STRUCTURAL
+from evomerge.merging.recipe import ModelRef
 from evomerge.scoring.fingerprint import fingerprint_digest, scorer_fingerprint
 from evomerge.scoring.tasks import LoadedTasks, load_tasks
 from evomerge.service.artifacts import checked_artifact, inspect_artifact, projected
@@ -53,6 +55,7 @@ def inspect(spec: StudySpec, device: str) -> dict[str, Any]:
     )
     return {
         **start,
+        **_published(spec, space, digests, dtype),
         "digests": digests | {found["path"]: found["digest"] for found in start.values()},
         "dtype": dtype,
         "layers": max((n for name in base.names if (n := layer_of(name)) is not None), default=-1)
@@ -96,6 +99,29 @@ def _start(
         problems.append(f"sampler.start: {error}")
         return {}
     return {"start": {"path": path, "digest": artifact.digest, **found}}
+
+
+def _published(
+    spec: StudySpec, space: Space, digests: Mapping[str, str], dtype: str
+) -> dict[str, dict[str, Any]]:
+    """`{"published": the recipe}` of a space's method as it was published, if that changes the
+    models' structure, at the space's start."""
+    method = STRUCTURAL.get(space.method)
+    if method is None:
+        return {}
+
+    def model(path: str) -> ModelRef:
+        return ModelRef(path, digests[path])
+
+    recipe = space.decode(
+        space.start(list(spec.sources)),
+        base=model(spec.base),
+        sources={name: model(path) for name, path in spec.sources.items()},
+        dtype=dtype,
+        seed=spec.sampler.seed,
+        artifact=model(spec.artifact) if spec.artifact else None,
+    )
+    return {"published": method.published(recipe).to_json()}
 
 
 def _models(spec: StudySpec, problems: list[str]) -> dict[str, Model]:

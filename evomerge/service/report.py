@@ -34,6 +34,7 @@ BASELINES: Mapping[str, Kind] = {
     "best_source": "source",
     "uniform": "uniform",
     "task_arithmetic": "task_arithmetic",
+    "published": "published",
 }
 ALPHA = 0.05
 _MOST_NAMED = 6

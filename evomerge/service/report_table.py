@@ -21,7 +21,7 @@ Row = tuple[str, Measurement]
 
 
 def final_table(report: Report) -> Table:
-    """Rows: base, each source, uniform, best task arithmetic, winner; columns: mean, tasks."""
+    """Rows: base, each source, the averages that were scored, winner; columns: mean, tasks."""
     title = Text(f"{report.study}: report items")
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     header, *rows = _cells(report)
@@ -81,6 +81,7 @@ def _labelled(report: Report) -> Iterator[tuple[str, Candidate | None]]:
     yield "uniform average", report.baselines.get("uniform")
     scaled = report.baselines.get("task_arithmetic")
     yield f"{scaled.title} (best)" if scaled else "task arithmetic", scaled
+    yield "as published", report.baselines.get("published")
     yield (_winner_label(report.winner) if report.winner else "winner"), report.winner
 
 

@@ -15,6 +15,7 @@ _LABELS: Mapping[Kind, str] = {
     "source": "best source",
     "uniform": "uniform average",
     "task_arithmetic": "best task arithmetic",
+    "published": "as published",
 }
 
 

@@ -191,7 +191,7 @@ def build_controller(
 
     ledger = Ledger(store, record, token, clock=clock, show=loaded)
     if not len(ledger):
-        ledger.create(baselines(models.base, models.sources, models.dtype))
+        ledger.create(_baselines(record, models))
     if refined := _refined(record, ledger):
         ledger.create(refined)
     fingerprint = record.inspection["fingerprint"]
@@ -297,6 +297,12 @@ def _proposer(decode: Callable[[Genome], Recipe]) -> Callable[[int, int, Genome]
         )
 
     return propose
+
+
+def _baselines(record: StudyRecord, models: Models) -> list[NewTrial]:
+    found = record.inspection.get("published")
+    published = Recipe.from_json(found) if found else None
+    return baselines(models.base, models.sources, models.dtype, published=published)
 
 
 def _refined(record: StudyRecord, ledger: Ledger) -> list[NewTrial]:

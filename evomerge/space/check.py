@@ -13,20 +13,20 @@ from evomerge.space.space import Space
 from evomerge.spec import nearest
 
 if TYPE_CHECKING:
-    from evomerge.merging.methods.base import MergeMethod, Parameter
+    from evomerge.merging.methods.base import MethodFacts, Parameter
 
 
 def check_space(space: Space, sources: Sequence[str]) -> list[str]:
     """What is wrong with searching `space` over `sources`; empty if nothing is."""
-    from evomerge.merging.methods.registry import METHODS
+    from evomerge.merging.methods.registry import ALL
 
-    method = METHODS.get(space.method)
+    method = ALL.get(space.method)
     if method is None:
-        return [f"space: unknown merge method {space.method!r}{nearest(space.method, METHODS)}"]
+        return [f"space: unknown merge method {space.method!r}{nearest(space.method, ALL)}"]
     return [f"space: {fault}" for fault in _faults(space, method, len(sources))]
 
 
-def _faults(space: Space, method: MergeMethod | type[MergeMethod], count: int) -> Iterator[str]:
+def _faults(space: Space, method: MethodFacts, count: int) -> Iterator[str]:
     most = method.max_sources
     if count < method.min_sources or (most is not None and count > most):
         wanted = (

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.merging.layout import layout
-from evomerge.merging.methods.registry import METHODS, check, coefficients
+from evomerge.merging.methods.registry import ALL, check, coefficients
 from evomerge.merging.recipe import ModelRef, Recipe
 from evomerge.space import Space, check_space, load_space, shipped_spaces
 
@@ -17,6 +17,7 @@ NAMES = [
     "dare_ties_blocks",
     "fisher",
     "learned_soup",
+    "m_smoe",
     "mats",
     "regmean",
     "sens_merging",
@@ -35,12 +36,12 @@ TENSORS = [
 
 
 def sources(space: Space) -> list[str]:
-    return ["math", "code"] if space.method == "slerp" else ["math", "code", "chat"]
+    return ["math", "code", "chat"][: ALL[space.method].max_sources]
 
 
 def decoded(space: Space, genome: tuple[float, ...]) -> Recipe:
     models = {name: ModelRef(f"zoo/{name}") for name in sources(space)}
-    fitted = ModelRef("fitted") if METHODS[space.method].artifact else None
+    fitted = ModelRef("fitted") if ALL[space.method].artifact else None
     return space.decode(
         genome, base=ModelRef("zoo/base"), sources=models, artifact=fitted, dtype=None, seed=7
     )
@@ -103,7 +104,7 @@ def test_it_starts_from_a_sound_merge(space):
     """Neither the base nor a sum of whole task vectors; SLERP starts half way, a mean of what a fit
     has learned with equal weights."""
     for own, shared in all_coefficients(decoded(space, space.start(sources(space)))):
-        if METHODS[space.method].artifact:
+        if ALL[space.method].artifact:
             assert all(len(set(each)) == 1 for each in own.values())
             continue
         strengths = [shared["t"]] if space.method == "slerp" else own["weight"]

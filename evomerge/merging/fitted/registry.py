@@ -15,6 +15,7 @@ from evomerge.merging.fitted.greedy_soup import GreedySoupFit
 from evomerge.merging.fitted.learned_soup import LearnedSoupFit
 from evomerge.merging.fitted.sensitivity import SensitivityFit
 from evomerge.merging.structure.fit import PermutationFit
+from evomerge.merging.structure.routing_fit import RoutingFit
 from evomerge.spec import nearest
 
 _ALL: tuple[Fitter, ...] = (
@@ -26,6 +27,7 @@ _ALL: tuple[Fitter, ...] = (
     LearnedSoupFit(),
     DamFit(),
     PermutationFit(),
+    RoutingFit(),
 )
 FITTERS: Mapping[str, Fitter] = MappingProxyType({fitter.name: fitter for fitter in _ALL})
 

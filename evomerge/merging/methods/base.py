@@ -152,12 +152,12 @@ def streamed(blocks: Blocks) -> Blocks:
     return blocks.blocks if isinstance(blocks, Inputs) else blocks
 
 
-class MergeMethod(ABC):
-    """One merge method. Instances hold no state: everything is in the arguments.
+class MethodFacts(ABC):
+    """What is known of every merge method, as data.
 
     `needs_base`: a recipe without a base is refused. `takes_base`: the base is handed over if the
-    recipe has one. Of a method with neither, blocks have no base. `artifact`: the kind of artifact
-    that it applies, None for a method that looks at no data.
+    recipe has one. `artifact`: the kind of artifact that it applies, None for a method that looks
+    at no data.
     """
 
     name: ClassVar[str]
@@ -169,6 +169,13 @@ class MergeMethod(ABC):
     min_sources: ClassVar[int] = 1
     max_sources: ClassVar[int | None] = None
     artifact: ClassVar[str | None] = None
+
+
+class MergeMethod(MethodFacts):
+    """One merge method. Instances hold no state: everything is in the arguments.
+
+    Of a method that neither needs nor takes a base, blocks have none.
+    """
 
     def survey(self, model: Callable[[], Iterable[tuple[Coefficients, Blocks]]]) -> Any:
         """What must be known of the whole model before any tensor is merged (None: nothing).

@@ -13,7 +13,7 @@ from evomerge.errors import MergeError
 from evomerge.merging.layout import Place
 from evomerge.merging.methods.adamerging import AdaMerging
 from evomerge.merging.methods.arcee_fusion import ArceeFusion
-from evomerge.merging.methods.base import Coefficients, MergeMethod, Parameter
+from evomerge.merging.methods.base import Coefficients, MergeMethod, MethodFacts, Parameter
 from evomerge.merging.methods.breadcrumbs import Breadcrumbs
 from evomerge.merging.methods.breadcrumbs_ties import BreadcrumbsTies
 from evomerge.merging.methods.consensus import Consensus
@@ -31,6 +31,7 @@ from evomerge.merging.methods.iso_cts import IsoCts
 from evomerge.merging.methods.karcher import Karcher
 from evomerge.merging.methods.learned_soup import LearnedSoup
 from evomerge.merging.methods.linear import Linear
+from evomerge.merging.methods.m_smoe import MSmoe
 from evomerge.merging.methods.mats import MaTS
 from evomerge.merging.methods.model_stock import ModelStock
 from evomerge.merging.methods.multislerp import MultiSlerp
@@ -43,6 +44,7 @@ from evomerge.merging.methods.regmean import RegMean
 from evomerge.merging.methods.sce import Sce
 from evomerge.merging.methods.sens_merging import SensMerging
 from evomerge.merging.methods.slerp import Slerp
+from evomerge.merging.methods.structural import StructuralMethod
 from evomerge.merging.methods.task_arithmetic import TaskArithmetic
 from evomerge.merging.methods.ties import Ties
 from evomerge.merging.methods.tsv_m import TsvM
@@ -96,12 +98,27 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
     }
 )
 
+STRUCTURAL: Mapping[str, StructuralMethod] = MappingProxyType({"m_smoe": MSmoe()})
+"""The methods whose result is no function of one tensor at a time."""
+
+ALL: Mapping[str, MethodFacts] = MappingProxyType({**METHODS, **STRUCTURAL})
+
 
 def get(name: str) -> MergeMethod:
-    """The method of that name. Raises MergeError that suggests the nearest known one."""
+    """The method of that name, of those that merge tensor by tensor. Raises MergeError that
+    suggests the nearest known one."""
+    if name in STRUCTURAL:
+        raise MergeError(f"{name} merges whole models, not single tensors")
     if name not in METHODS:
         raise MergeError(_unknown_method(name))
     return METHODS[name]
+
+
+def facts(name: str) -> MethodFacts:
+    """What is known of any method. Raises MergeError that suggests the nearest known one."""
+    if name not in ALL:
+        raise MergeError(_unknown_method(name))
+    return ALL[name]
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -116,8 +133,21 @@ def check(recipe: Recipe) -> list[str]:
             "slices: what a fit learned is of layers in their own places; merge whole models by the"
             " artifact, then stack the layers of that merge"
         ]
+    if (fault := _structural_fault(recipe)) is not None:
+        return [fault]
     found = {part.where: _part_faults(part.recipe, part.where) for part in parts(recipe).values()}
     return list(dict.fromkeys(fault for faults in found.values() for fault in faults))
+
+
+def _structural_fault(recipe: Recipe) -> str | None:
+    used = [recipe.method, *(group.method for group in recipe.groups)]
+    name = next((name for name in used if name in STRUCTURAL), None)
+    if name is None:
+        return None
+    given = [key for key in ("groups", "slices", "tokenizer") if getattr(recipe, key)]
+    if not given:
+        return None
+    return f"{given[0]}: {name} changes the structure of whole models; leave {given[0]} out"
 
 
 def _part_faults(recipe: Recipe, where: str) -> Iterator[str]:
@@ -127,9 +157,9 @@ def _part_faults(recipe: Recipe, where: str) -> Iterator[str]:
 
 
 def _plain_faults(recipe: Recipe) -> list[str]:
-    if recipe.method not in METHODS:
+    if recipe.method not in ALL:
         return [_unknown_method(recipe.method)]
-    method = METHODS[recipe.method]
+    method = ALL[recipe.method]
     faults = list(_model_faults(recipe, method))
     known = {parameter.name: parameter for parameter in method.parameters}
     for name, value in recipe.parameters.items():
@@ -151,7 +181,7 @@ def coefficients(recipe: Recipe, place: Place, shape: tuple[int, ...]) -> Coeffi
     A source's own value wins over the recipe's, the recipe's over the default. Sources are sorted
     by name. Raises MergeError where a value has no rule for the tensor.
     """
-    method = get(recipe.method)
+    method = facts(recipe.method)
     order = sorted(range(len(recipe.sources)), key=lambda index: recipe.sources[index].name)
     source: dict[str, tuple[Scalar, ...]] = {}
     shared: dict[str, Scalar] = {}
@@ -180,10 +210,10 @@ def coefficients(recipe: Recipe, place: Place, shape: tuple[int, ...]) -> Coeffi
 
 
 def _unknown_method(name: str) -> str:
-    return f"unknown merge method {name!r}{nearest(name, METHODS)}"
+    return f"unknown merge method {name!r}{nearest(name, ALL)}"
 
 
-def _model_faults(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
+def _model_faults(recipe: Recipe, method: MethodFacts) -> Iterator[str]:
     if method.needs_base and recipe.base is None:
         yield f"{method.name} merges task vectors and needs a `base`"
     if recipe.base is None:
@@ -202,7 +232,7 @@ def _model_faults(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
         yield f"source {name!r} is listed twice; give each source a name of its own"
 
 
-def _choices_without_base(recipe: Recipe, method: MergeMethod) -> Iterator[str]:
+def _choices_without_base(recipe: Recipe, method: MethodFacts) -> Iterator[str]:
     for parameter in method.parameters:
         try:
             values = leaves(normalise(recipe.parameters.get(parameter.name, parameter.default)))
@@ -218,7 +248,7 @@ def _faults(
     name: str,
     value: Value,
     known: Mapping[str, Parameter],
-    method: MergeMethod,
+    method: MethodFacts,
 ) -> Iterator[str]:
     if name not in known:
         yield f"{where}: {method.name} has no parameter {name!r}{nearest(name, known)}"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.merging.methods.registry import METHODS
+from evomerge.merging.methods.registry import ALL
 
 PAGES = Path(__file__).parents[3] / "docs" / "methods"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_page_lists_the_parameters_with_scope_and_default(name: str) -> None:
     lines = (PAGES / f"{name}.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"# {name}"
@@ -22,18 +22,18 @@ def test_a_page_lists_the_parameters_with_scope_and_default(name: str) -> None:
     ]
     declared = [
         (p.name, p.scope, str(p.default).lower() if p.kind == "bool" else str(p.default))
-        for p in METHODS[name].parameters
+        for p in ALL[name].parameters
     ]
     assert rows[: len(declared)] == declared
 
 
 def test_no_page_without_a_method() -> None:
-    assert {page.stem for page in PAGES.glob("*.md")} == set(METHODS)
+    assert {page.stem for page in PAGES.glob("*.md")} == set(ALL)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 def test_the_page_names_every_choice(name: str) -> None:
     text = (PAGES / f"{name}.md").read_text(encoding="utf-8")
-    for parameter in METHODS[name].parameters:
+    for parameter in ALL[name].parameters:
         for choice in parameter.choices:
             assert f"`{choice}`" in text

@@ -1,0 +1,44 @@
+"""The contract of a merge method that changes structure: it is asked for the whole model.
+
+Its tensors are made from several of the sources', or have other shapes than those. Knows nothing of
+files, of live models and of studies.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Protocol
+
+from evomerge.checkpoints.weights import Model, Weights
+from evomerge.merging.methods.base import Coefficients, Fitted, MethodFacts
+from evomerge.merging.recipe import Recipe
+
+Resolve = Callable[[str], Coefficients]
+"""A recipe's parameters where a stored tensor of the donor lies."""
+
+
+class Built(Weights, Protocol):
+    """The model that a recipe describes, computed tensor by tensor when it is asked for one."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """That of the result."""
+
+    def fingerprint(self, name: str) -> Hashable:
+        """What a tensor is a function of: equal means equal values, whatever the recipe."""
+
+
+class StructuralMethod(MethodFacts):
+    """A merge method that changes structure. Instances hold no state."""
+
+    @abstractmethod
+    def published(self, recipe: Recipe) -> Recipe:
+        """A recipe of it with what its paper says in place of what is ours, of the same size."""
+
+    @abstractmethod
+    def build(self, members: Mapping[str, Model], fitted: Fitted | None, resolve: Resolve) -> Built:
+        """The merged model; `members` are the recipe's models by name, the base's is `base`.
+
+        Computes no tensor yet. Raises MergeError where models, artifact and parameters do not fit.
+        """

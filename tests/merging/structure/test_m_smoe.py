@@ -1,0 +1,159 @@
+"""Experts merged by a recipe: the same tensors as `evomerge merge` writes, live and on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_experts
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from evomerge.checkpoints.adapted import open_model, open_models
+from evomerge.errors import MergeError, SpecError
+from evomerge.merging.export import export
+from evomerge.merging.fitted.base import Problem, fit
+from evomerge.merging.fitted.calibration import Calibration
+from evomerge.merging.materialise import Materialiser, load_model
+from evomerge.merging.merge import Merge, open_merge
+from evomerge.merging.recipe import Group, ModelRef, Recipe, Source
+from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
+from evomerge.merging.structure.moe_model import shared_out
+from evomerge.merging.structure.moe_settings import ExpertSettings
+from evomerge.merging.structure.routing_fit import RoutingFit, RoutingSettings
+
+EXPERTS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_experts.folder("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fits") / "routing"
+    fit(RoutingFit(), _problem(folder), RoutingSettings(), path)
+    return path
+
+
+def _problem(folder: Path, sources: Sequence[str] = ("mixtral",)) -> Problem:
+    model = open_model(str(folder))
+    data = {name: tuple(small_experts.examples()) for name in sources}
+    calibration = Calibration(data, dict.fromkeys(sources, "random tokens"))
+    digests = {model.path: model.scan().digest}
+    return Problem(None, dict.fromkeys(sources, model), digests, calibration)
+
+
+def _recipe(folder: Path, artifact: Path, **parameters: Any) -> Recipe:
+    model = ModelRef(str(folder))
+    reference = ModelRef(str(artifact))
+    sources = (Source("mixtral", model),)
+    return Recipe("m_smoe", model, sources, parameters, artifact=reference)
+
+
+def _merge(recipe: Recipe) -> Merge:
+    return Merge(recipe, open_models(model.path for model in recipe.models))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "settings"),
+    [
+        ({"keep": 2.0}, {"keep": 2}),
+        ({"keep": 2.0, "allocation": "shares"}, {"keep": 2, "allocation": "uniform"}),
+        ({"keep": 3.0, "groups": "clusters", "similarity": "outputs", "alignment": "none",
+          "allocation": "shares"}, {"keep": 3, "method": "hc_smoe"}),
+        ({"keep": 2.0, "groups": "prune", "alignment": "none"}, {"keep": 2, "method": "prune"}),
+        ({"keep": 2.0, "alignment": "dominant", "exponent": 0.5, "usage": "gate_mass"},
+         {"keep": 2, "alignment": "dominant", "exponent": 0.5, "usage": "gate_mass"}),
+    ],
+)  # fmt: skip
+def test_it_is_what_a_merge_of_experts_writes(folder, artifact, tmp_path, parameters, settings):
+    model = open_model(str(folder))
+    chosen = ExpertSettings(form="replicated", **settings)
+    merge_experts(ExpertProblem(model, small_experts.examples(), chosen), tmp_path / "experts")
+    wanted = load_file(tmp_path / "experts" / "model.safetensors")
+    merge = _merge(_recipe(folder, artifact, **parameters))
+    assert set(merge.names) == set(wanted)
+    for name, tensor in wanted.items():
+        assert torch.equal(merge.tensor(name), tensor), name
+    assert any(not torch.equal(wanted[n], model.tensor(n)) for n in wanted)
+
+
+def test_layers_keep_experts_in_proportion_to_their_shares(folder, artifact):
+    layers = len(_plans(folder, artifact, keep=2.0))
+    shares = [3.0] + [1.0] * (layers - 1)
+    plans = _plans(folder, artifact, keep=2.0, allocation="shares", share={"blocks": shares})
+    kept = [len(plan.groups.members) for plan in plans]
+    assert sum(kept) == 2 * layers
+    assert kept[0] > kept[1]
+
+
+def _plans(folder: Path, artifact: Path, **parameters: Any) -> Any:
+    return _merge(_recipe(folder, artifact, **parameters)).anchor.plans
+
+
+def test_numbers_that_are_shared_out():
+    assert shared_out(6, [1.0, 1.0, 1.0], 4) == (2, 2, 2)
+    assert shared_out(6, [1.0, 2.0, 3.0], 4) == (1, 2, 3)
+    assert shared_out(7, [1.0, 100.0], 4) == (3, 4)
+    assert shared_out(2, [1.0, 100.0], 4) == (1, 1)
+    assert shared_out(8, [0.001, 1.0], 4) == (4, 4)
+
+
+def test_all_experts_kept_is_the_model_itself(folder, artifact):
+    merge = _merge(_recipe(folder, artifact, keep=float(EXPERTS)))
+    model = open_model(str(folder))
+    for name in model.names:
+        assert torch.equal(merge.tensor(name), model.tensor(name)), name
+
+
+def test_a_live_model_is_what_is_exported_whatever_was_written_before(folder, artifact, tmp_path):
+    recipes = [
+        _recipe(folder, artifact, keep=2.0, allocation="shares", share={"blocks": [1.0, 2.0]}),
+        _recipe(folder, artifact, keep=3.0),
+        Recipe("linear", ModelRef(str(folder)), (Source("mixtral", ModelRef(str(folder))),),
+               {"weight": 1.0}),
+        _recipe(folder, artifact, keep=2.0, allocation="shares", share={"blocks": [2.0, 1.0]}),
+    ]  # fmt: skip
+    models = open_models([str(folder)])
+    live, _ = load_model(models[str(folder)])
+    materialiser = Materialiser(live, models)
+    for number, recipe in enumerate(recipes):
+        materialiser.write(recipe)
+        export(recipe, tmp_path / str(number))
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / str(number)).state_dict()
+        for name, tensor in live.state_dict().items():
+            assert torch.equal(tensor, written[name]), (number, name)
+
+
+def test_a_fit_of_the_same_is_the_same(folder, artifact, tmp_path):
+    fit(RoutingFit(), _problem(folder), RoutingSettings(), tmp_path / "again")
+    first, again = (Path(p) / "artifact.json" for p in (artifact, tmp_path / "again"))
+    assert '"digest"' in first.read_text()
+    digests = {json.loads(path.read_text())["digest"] for path in (first, again)}
+    assert len(digests) == 1
+
+
+def test_what_does_not_fit_is_refused_in_one_line(folder, artifact, tmp_path):
+    with pytest.raises(MergeError, match=r"^keep: 5 experts of each layer; there are 1 to 4$"):
+        _merge(_recipe(folder, artifact, keep=5.0))
+    with pytest.raises(MergeError, match=r"keep: 2\.5; the adaptive rule takes a whole number"):
+        _merge(_recipe(folder, artifact, keep=2.5))
+    with pytest.raises(MergeError, match="exponent: differs between layers"):
+        _merge(_recipe(folder, artifact, keep=2.0, exponent={"blocks": [0.0, 1.0]}))
+    recipe = replace(
+        _recipe(folder, artifact, keep=2.0), groups=(Group({"type": "mlp"}, "linear"),)
+    )
+    with pytest.raises(SpecError, match="m_smoe changes the structure of whole models"):
+        open_merge(recipe)
+    with pytest.raises(MergeError, match="watches one model"):
+        fit(RoutingFit(), _problem(folder, ("a", "b")), RoutingSettings(), tmp_path / "two")
+    other = small_experts.folder("qwen2_moe", tmp_path / "qwen")
+    with pytest.raises(MergeError, match="was another model when it was fitted"):
+        open_merge(_recipe(other, artifact, keep=2.0))
