@@ -7,6 +7,7 @@ Decides no group, runs no model and writes no file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +71,23 @@ class MergedExperts:
             config["model_type"] = REMAPPED
             config["expert_map"] = [list(plan.groups.slots) for plan in self._plans]
         return config
+
+    @property
+    def tied_names(self) -> Mapping[str, str]:
+        """The model's own: no expert and no router is tied."""
+        return self._model.tied_names
+
+    @property
+    def non_float_names(self) -> tuple[str, ...]:
+        """The model's own: experts are floats."""
+        return self._model.non_float_names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def companion(self, name: str) -> Path:
+        """Where the small file of that name lies, if there is one."""
+        return self._model.companion(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
