@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from inspect import signature
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,7 +24,9 @@ from evomerge.merging.structure.families import family, spec_of
 from evomerge.merging.structure.permutation import Spec, State
 from evomerge.merging.structure.units import Shapes
 
-_REMOVED = ("layer_types", "quantization_config")  # of the full size
+_REMOVED = (  # of the full size
+    "layer_types", "quantization_config", "text_config_dict", "vision_config_dict",
+)  # fmt: skip
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")  # beyond the tiny vocabulary
 
 
@@ -32,6 +35,7 @@ class TrialNetwork:
 
     def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype = torch.float64) -> None:
         self.model = _model(config).to(dtype).eval()
+        self.model(**self._inputs(torch.Generator()))  # Switch's routers pick their dtype now
         self.config: dict[str, Any] = self.model.config.to_dict()
         self.shapes = _stored_shapes(self.model)
         live = {k: t.detach() for k, t in self.model.state_dict(keep_vars=True).items()}
@@ -45,7 +49,8 @@ class TrialNetwork:
 
     def random_state(self, seed: int = 0) -> dict[str, Tensor]:
         """Weights that tell all units apart: matrices N(0, 1/fan-in), embeddings N(0, 1), biases
-        and means U(-0.5, 0.5), other vectors U(0.5, 1.5)."""
+        and means U(-0.5, 0.5), other vectors U(0.5, 1.5). What a router adds to scores in [0, 1]
+        is U(-0.15, 0.15), so that it does not choose the experts alone."""
         generator = torch.Generator().manual_seed(seed)
         return {name: self._draw(name, generator) for name in self.shapes}
 
@@ -56,7 +61,8 @@ class TrialNetwork:
             return torch.zeros(shape, dtype=dtype)
         if len(shape) < 2:
             centre = 0.0 if name.endswith(("bias", "running_mean")) else 1.0
-            return torch.rand(shape, generator=generator, dtype=dtype) + (centre - 0.5)
+            width = 0.3 if name.endswith("correction_bias") else 1.0
+            return width * (torch.rand(shape, generator=generator, dtype=dtype) - 0.5) + centre
         embeds = tensor_type(name) == "embedding"
         spread = 1.0 if embeds else math.sqrt(shape[0] / math.prod(shape))
         return torch.randn(shape, generator=generator, dtype=dtype) * spread
@@ -73,18 +79,27 @@ class TrialNetwork:
     def compute(self, state: State) -> Tensor:
         """Its logits on a few fixed random inputs."""
         self.write(state)
-        generator = torch.Generator().manual_seed(1)
-        if self.model.main_input_name == "pixel_values":
-            size = getattr(self.model.config, "image_size", 16)
-            shape = 2, self.model.config.num_channels, size, size
-            pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
-            output: Any = self.model(pixel_values=pixels.to(self.model.dtype))
-        else:
-            words = torch.randint(1, self.model.config.vocab_size, (4, 16), generator=generator)
-            kinds = {"token_type_ids": words % 2} if self.config["model_type"] == "bert" else {}
-            output = self.model(input_ids=words, **kinds)
+        output: Any = self.model(**self._inputs(torch.Generator().manual_seed(1)))
         logits: Tensor = output.logits if "logits" in output else output[0]
         return logits
+
+    def _inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Whatever the model takes of pixels, words for an encoder and for a decoder."""
+        config, takes = self.model.config, signature(self.model.forward).parameters
+        inputs: dict[str, Tensor] = {}
+        if "pixel_values" in takes:
+            image = getattr(config, "vision_config", config)
+            size = getattr(image, "image_size", 16)
+            shape = 2, image.num_channels, size, size
+            pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
+            inputs["pixel_values"] = pixels.to(self.model.dtype)
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in takes:
+                words = config.get_text_config().vocab_size
+                inputs[name] = torch.randint(1, words, (8, 16), generator=generator)
+        if hasattr(config, "type_vocab_size"):
+            inputs["token_type_ids"] = inputs["input_ids"] % 2
+        return inputs
 
 
 def prove(config: Mapping[str, Any]) -> Report:
@@ -96,11 +111,25 @@ def prove(config: Mapping[str, Any]) -> Report:
     return check(network.spec, network.random_state(), network.compute, tolerance=FLOAT64)
 
 
+def random_tensor(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """One tensor as in `TrialNetwork.random_state`; zeros where it is not one of floats."""
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    if len(shape) < 2:
+        centre = 0.0 if name.endswith(("bias", "running_mean")) else 1.0
+        return torch.rand(shape, generator=generator, dtype=dtype) + (centre - 0.5)
+    embeds = tensor_type(name) == "embedding"
+    spread = 1.0 if embeds else math.sqrt(shape[0] / math.prod(shape))
+    return torch.randn(shape, generator=generator, dtype=dtype) * spread
+
+
 def _model(config: Mapping[str, Any]) -> Any:
     import transformers
 
     settings = {k: v for k, v in config.items() if k not in ("model_type", *_REMOVED)}
-    settings |= {**family(config).tiny, **dict.fromkeys(_TOKENS)}
+    settings = _settled(settings | dict.fromkeys(_TOKENS), family(config).tiny)
     architecture = next(iter(config.get("architectures") or ()), "")
     known = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
     make = getattr(known, "_from_config", None) or known.from_config
@@ -115,6 +144,12 @@ def _model(config: Mapping[str, Any]) -> Any:
     if hasattr(model, "set_experts_implementation"):  # others have no float64
         model.set_experts_implementation("eager")
     return model
+
+
+def _settled(settings: Mapping[str, Any], tiny: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the tiny ones in place of the full, in nested configs too."""
+    inner = {k: _settled(settings.get(k) or {}, v) for k, v in tiny.items() if isinstance(v, dict)}
+    return {**settings, **tiny, **inner}
 
 
 def _stored_shapes(model: Any) -> Shapes:

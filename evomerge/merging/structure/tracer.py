@@ -1,0 +1,226 @@
+"""The permutation specification of a plain network of torch modules, found by following its axes.
+
+The network is exported once on an example, which yields every operation with its shapes; what each
+does to axes is in `traced_operations`. Chosen over torch.fx's symbolic tracing because modules,
+methods and functions all become operations of one small documented set, in which nothing happens in
+place and attention is taken apart into products, and because control flow on shapes and settings is
+no obstacle. Knows no architecture and no checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from evomerge.errors import MergeError
+from evomerge.merging.structure.check import FLOAT64, check
+from evomerge.merging.structure.permutation import Bind, Group, Spec, State
+from evomerge.merging.structure.traced_axes import Places
+from evomerge.merging.structure.traced_operations import Dims, Operations
+from evomerge.merging.structure.trial_network import random_tensor
+
+_BY_HAND = "write a Spec by hand and prove it with evomerge.merging.structure.check.check"
+
+
+def traced_spec(model: nn.Module, *example: Any) -> Spec:
+    """The permutation groups of a network, by the names of `model.state_dict()`.
+
+    `example` are the arguments of a forward pass; small ones will do. The network is copied, to
+    float64 on the CPU in eval mode; the original is left as it is. What touches its inputs or
+    outputs is fixed, and so is what touches an operation that is not known to treat all units
+    alike: channels under GroupNorm of several groups or under grouped convolutions, and what is
+    picked by position. An axis that is taken apart moves in blocks: whole attention heads. A group
+    is named after the first module that writes to it; its role is "residual" where activations are
+    added to each other, else "inner". Of tied tensors all names move.
+
+    It is proved with random weights, by about two forward passes for each tensor. Raises MergeError
+    for a network that cannot be exported, and for groups that are not proved.
+
+    Source: the idea is that of the code of PLeaS (Nasery et al. 2024, arXiv:2407.02447), which goes
+    by torch.fx, leaves concatenated axes unlinked, and lets groups survive that a reshape breaks.
+    """
+    network = _Network(model, example)
+    choices: dict[str, int] = {}
+    walk = network.walk(choices)
+    while lost := walk.reshapes.lost():
+        choices |= lost
+        walk = network.walk(choices)
+    spec = Spec(tuple(_groups(network, walk)))
+    try:
+        spec = _with_inert(spec, network)
+        check(spec, network.state, network.compute, tolerance=FLOAT64)
+    except MergeError as error:
+        raise MergeError(
+            f"{network.name}: the permutation groups found by tracing are not proved: {error}."
+            f" Or {_BY_HAND}"
+        ) from error
+    return spec
+
+
+class _Network:
+    """A copy of a network: a function of its state, and a graph of operations."""
+
+    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
+        self.name = type(model).__name__
+        self._module = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+        self._inputs = pytree.tree_map(_in_float64, example)
+        live = self._module.state_dict(keep_vars=True)
+        firsts: dict[int, str] = {}
+        self.first = {name: firsts.setdefault(id(t), name) for name, t in live.items()}
+        generator = torch.Generator().manual_seed(0)
+        self._live = {name: live[name].detach() for name in firsts.values()}
+        drawn = {name: _redrawn(name, t, generator) for name, t in self._live.items()}
+        self.state = {name: drawn[first] for name, first in self.first.items()}
+        self.dims: dict[str, Dims] = {}
+        self._program = self._exported()
+
+    def compute(self, state: State) -> Tensor:
+        """All that it returns for the example, in one row. Tied tensors go by their first name."""
+        for name, tensor in self._live.items():
+            tensor.copy_(state[name])
+        results = pytree.tree_leaves(self._module(*self._inputs))
+        return torch.cat([r.double().flatten() for r in results if isinstance(r, Tensor)])
+
+    def ignores(self, name: str) -> bool:
+        """Whether what it computes does not depend on a tensor."""
+        other = _redrawn(name, self.state[name], torch.Generator().manual_seed(1))
+        wanted = self.compute(self.state)
+        change = (self.compute({**self.state, name: other}) - wanted).abs().max()
+        return bool(change <= FLOAT64 * wanted.abs().max())
+
+    def walk(self, choices: Mapping[str, int]) -> Operations:
+        """What all its operations do to axes; `dims` are those of its tensors, by first name."""
+        walk = Operations(_live(self._program), choices)
+        self.dims = {
+            name: tuple(map(walk.axes.new, self.state[name].shape))
+            for name in dict.fromkeys(self.first.values())
+        }
+        targets = {s.arg.name: s.target for s in self._program.graph_signature.input_specs}
+        for node in self._program.graph.nodes:
+            if node.op == "placeholder":
+                name = self.first.get(targets.get(node.name) or "")
+                walk.give(node, self.dims[name] if name is not None else None)
+            elif node.op == "output":
+                walk.fix(node.all_input_nodes)
+            else:
+                walk.add(node)
+        return walk
+
+    def _exported(self) -> ExportedProgram:
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # the exporter's, about itself
+                program = torch.export.export(self._module, self._inputs, strict=False)
+                decomposed: ExportedProgram = program.run_decompositions()
+                return decomposed
+        except Exception as error:  # whatever a network, or the exporter, may raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise MergeError(
+                f"{self.name} cannot be traced on this example: its operations depend on data, or"
+                f" the example does not fit it; {_BY_HAND} ({reason[:200]})"
+            ) from error
+
+
+def _in_float64(given: Any) -> Any:
+    if not isinstance(given, Tensor):
+        return given
+    given = given.detach().cpu()
+    return given.double() if given.is_floating_point() else given
+
+
+def _redrawn(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    return random_tensor(name, tuple(tensor.shape), tensor.dtype, generator)
+
+
+def _live(program: ExportedProgram) -> set[Node]:
+    """The operations that depend on the network's inputs."""
+    given = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT
+    }
+    live: set[Node] = set()
+    for node in program.graph.nodes:
+        if node.name in given or live.intersection(node.all_input_nodes):
+            live.add(node)
+    return live
+
+
+def _groups(network: _Network, walk: Operations) -> Iterator[Group]:
+    """The kinds of units of which there are two or more, bound in two places or more."""
+    units, kinds = walk.axes.kinds()
+    written = _written(network, walk, kinds)
+    summed = {kind for axis in walk.sums for kind in kinds[axis.places].tolist()}
+    taken: Counter[str] = Counter()
+    for kind, binds in _binds(network, walk, units, kinds).items():
+        size = len(binds[0].index)
+        if size > 1 and sum(not bind.inert for bind in binds) > 1:
+            name = written.get(kind) or _module_of(binds[0].param)
+            taken[name] += 1
+            name += f".{taken[name]}" if taken[name] > 1 else ""
+            yield Group(name, "residual" if kind in summed else "inner", size, tuple(binds))
+
+
+def _written(network: _Network, walk: Operations, kinds: Places) -> dict[int, str]:
+    """The first module that writes to units of each kind."""
+    names = {axis: name for name, dims in network.dims.items() for axis in dims}
+    found: dict[int, str] = {}
+    for axis in walk.writers:
+        if axis in names:
+            for kind in kinds[axis.places].tolist():
+                found.setdefault(kind, _module_of(names[axis]))
+    return found
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _binds(
+    network: _Network, walk: Operations, units: Places, kinds: Places
+) -> dict[int, list[Bind]]:
+    """What holds units of each kind; they are numbered as they lie in the first."""
+    numbers: dict[int, int] = {}
+    found: dict[int, list[Bind]] = {}
+    for name, first in network.first.items():
+        for dim, axis in enumerate(network.dims[first]):
+            if axis is None:
+                continue
+            compared = name == first and axis not in walk.statistics
+            here = kinds[axis.places]
+            for kind in np.unique(here[here >= 0]).tolist():
+                places = np.flatnonzero(here == kind)
+                owners = units[axis.places[places]].tolist()
+                for unit in owners:
+                    numbers.setdefault(unit, len(numbers))
+                order = np.argsort([numbers[unit] for unit in owners], kind="stable")
+                index = torch.from_numpy(places[order].reshape(len(set(owners)), -1))
+                bind = Bind(name, dim, index, compared=compared, inert=name != first)
+                found.setdefault(kind, []).append(bind)
+    return found
+
+
+def _with_inert(spec: Spec, network: _Network) -> Spec:
+    """With those vectors marked that the function does not depend on: biases before a norm that
+    takes them off again, those of attention's keys."""
+    params = {bind.params[0] for group in spec.groups for bind in group.binds}
+    inert = {name for name in params if network.state[name].dim() == 1 and network.ignores(name)}
+    groups = []
+    for group in spec.groups:
+        binds = (replace(b, inert=b.inert or b.params[0] in inert) for b in group.binds)
+        groups.append(replace(group, binds=tuple(binds)))
+    return Spec(tuple(groups))
