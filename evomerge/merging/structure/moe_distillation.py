@@ -19,7 +19,7 @@ from evomerge.merging.fitted.descent import Descent, Saves
 
 def distillation_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     batch: Batch,
     *,
     weight: float = 0.2,
@@ -28,7 +28,7 @@ def distillation_loss(
     """What the merged model should answer, and how the whole one answers it.
 
         L = CE + w·KL,   CE = mean over tokens that count of −ln softmax(z)[target]
-        KL as in `divergence`
+        KL as in `divergence`; without a teacher CE alone
 
     Shapes: student's and teacher's logits [b, t, v]; returns a scalar.
 
@@ -36,7 +36,7 @@ def distillation_loss(
     """
     counted = batch.counted
     loss = cross_entropy(student[counted], batch.targets[counted])
-    if weight == 0:
+    if teacher is None or weight == 0:
         return loss
     return loss + weight * divergence(student, teacher, batch, temperature=temperature)
 
@@ -99,6 +99,9 @@ def distil(
             group["lr"] = learning_rate(number, peak=peak, warmup=warmup, steps=steps)
         return {"loss": step(number)}
 
-    optimiser.register_step_post_hook(lambda *_: after(taken))
+    def moved(*_: object) -> None:
+        after(taken)
+
+    optimiser.register_step_post_hook(moved)
     descent.run(steps, stepped, Watch(progress=progress), lambda: 0.0)
     return descent.curve.get("loss", [])

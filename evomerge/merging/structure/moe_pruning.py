@@ -61,4 +61,4 @@ def kept_rows(importance: Sequence[Tensor], widths: Sequence[int], share: float)
     room = round(share * int(entries.sum()))
     mask = torch.zeros(len(every), dtype=torch.bool, device=every.device)
     mask[order[entries[order].cumsum(0) <= room]] = True
-    return list(mask.split([len(i) for i in importance]))
+    return list(torch.split(mask, [len(i) for i in importance]))
