@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from commands import Command, done
 
 pytestmark = pytest.mark.slow
 
@@ -28,42 +26,6 @@ def write_spec(folder: Path, zoo: Path, *, trials: int, seed: int = 0) -> Path:
     }
     path.write_text(yaml.safe_dump(spec))
     return path
-
-
-class Command:
-    """`evomerge` in a process of its own, its standard error read line by line."""
-
-    def __init__(self, folder: Path, *arguments: object) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        environment.pop("EVOMERGE_STORE", None)
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "evomerge.cli.main", *map(str, arguments)],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.folder = folder
-        self.said = ""
-
-    def until(self, word: str) -> None:
-        """Read standard error up to a line that holds the word."""
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self.said += line
-            if word in line:
-                return
-        raise AssertionError(f"ended without {word!r}: {self.said}")
-
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, standard output, all of standard error."""
-        out, rest = self.popen.communicate()
-        return self.popen.returncode, out, self.said + rest
-
-
-def done(folder: Path, *arguments: object) -> tuple[int, str, str]:
-    return Command(folder, *arguments).end()
 
 
 def trials(folder: Path) -> list[tuple[object, ...]]:
