@@ -78,7 +78,7 @@ class PartialMerge:
         weights: tuple[float, float] = (0.5, 0.5),
     ) -> None:
         self._layers, self._shapes = layers, shapes
-        self._weights = weights
+        self.weights = weights
         self._layouts: dict[tuple[str, int], Layout] = {}
         runs = _runs(spec, {name: s for name, s in splits.items() if len(s.apart)})
         for (name, axis), found in runs.items():
@@ -134,7 +134,7 @@ class PartialMerge:
         into = layer.in_axis if layer is not None else None
         to = next((axis for axis in wide if axis != into), None)
         shares = []
-        for mine, weight in zip((A, B), self._weights, strict=True):
+        for mine, weight in zip((A, B), self.weights, strict=True):
             share = torch.full([1] * axes, weight, dtype=torch.float64)
             if to is not None:
                 sides = self._sides(name, to)
