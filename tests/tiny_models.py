@@ -142,10 +142,10 @@ def vision(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> 
     return randomised(model, seed, dtype)
 
 
-def causal(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A random causal language model of `CAUSAL[name]`."""
+def causal(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changed: Any) -> Any:
+    """A random causal language model of `CAUSAL[name]`, but for the settings that are `changed`."""
     family, options = CAUSAL[name]
-    config = getattr(transformers, f"{family}Config")(**{**_SMALL, **options})
+    config = getattr(transformers, f"{family}Config")(**{**_SMALL, **options, **changed})
     return randomised(transformers.AutoModelForCausalLM.from_config(config), seed, dtype)
 
 

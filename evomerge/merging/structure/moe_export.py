@@ -8,30 +8,44 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import evomerge
 from evomerge.checkpoints.weights import Model
 from evomerge.checkpoints.writer import Entry
 from evomerge.errors import MergeError
-from evomerge.merging.aside import Aside, check_free, written_aside
+from evomerge.merging.aside import Aside, check_free, flush, written_aside
 from evomerge.merging.export import SHARD_BYTES, companions
 from evomerge.merging.fitted.calibration import Example
 from evomerge.merging.fitted.network import Network, network_of
+from evomerge.merging.structure.compressed_model import CompressedModel
+from evomerge.merging.structure.moe_compress import check_compressible, compress_experts
+from evomerge.merging.structure.moe_gradients import add_gradients
 from evomerge.merging.structure.moe_grouping import Groups
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
 from evomerge.merging.structure.moe_merge import MergedExperts
-from evomerge.merging.structure.moe_plan import LayerPlan, check_settings, plan_experts
+from evomerge.merging.structure.moe_plan import (
+    Aligner,
+    LayerPlan,
+    aligner_of,
+    check_settings,
+    compared_in,
+    plan_experts,
+)
 from evomerge.merging.structure.moe_router import collapsed_routers
+from evomerge.merging.structure.moe_router_distillation import distilled_routers
 from evomerge.merging.structure.moe_settings import ExpertSettings
 from evomerge.merging.structure.moe_statistics import routing_statistics
+from evomerge.merging.structure.saves import AsideSaves
 from evomerge.merging.structure.weight_files import (
+    Computed,
     Progress,
     finite_digest,
     write_model,
@@ -42,6 +56,8 @@ EXPERTS_FILE = "evomerge_experts.json"
 """What was merged with what, and why: settings, usage, groups and weights of every layer."""
 
 _ROOM = 1 << 20
+_ORDERS = "orders.safetensors"
+_ROUTERS = "routers.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,8 @@ def merge_experts(
 ) -> list[LayerPlan]:
     """Write the model with its experts merged to `directory`; returns what became of each layer.
 
-    Beside weights, config and tokenizer it holds `EXPERTS_FILE`. The model is run in float32; the
+    Beside weights, config and tokenizer it holds `EXPERTS_FILE`, and of a compression
+    `COMPRESSION_FILE`. The model is run in float32; the
     weights stream, so that memory then holds a few tensors.
 
     Raises ExportError if the directory exists and is not empty or cannot be written; MergeError for
@@ -76,15 +93,53 @@ def merge_experts(
     model, settings = problem.model, problem.settings
     layers = expert_layers(model)
     check_settings(model, layers, settings)
+    check_compressible(model, layers, settings)
     if not problem.examples:
         raise MergeError("calibration: no examples; the routing of experts cannot be watched")
     digest = finite_digest(model)
     with written_aside(directory, _purpose(problem, digest, shard_bytes), _size(model)) as aside:
-        plans, routers = _planned(problem, layers, digest, aside, progress)
-        merged = MergedExperts(model, layers, plans, settings, routers=routers)
-        told = partial(progress, "merging experts")
-        write_model(merged, model, aside, shard_bytes, told)
+        plans, aligner = _planned(problem, layers, digest, aside, progress)
+        routers = _routers(problem, layers, plans, aligner, aside, progress)
+        merged = MergedExperts(model, layers, plans, settings, routers=routers, aligner=aligner)
+        saves = AsideSaves(aside, "compression")
+        written = _compressed(merged, problem, layers, plans, aligner, aside, saves, progress)
+        write_model(written, model, aside, shard_bytes, partial(progress, "merging experts"))
+        saves.drop()
+        for name in {_ORDERS, _ROUTERS} & aside.finished.keys():
+            aside.drop(name)
     return plans
+
+
+def _compressed(
+    merged: MergedExperts,
+    problem: ExpertProblem,
+    layers: Sequence[ExpertLayer],
+    plans: Sequence[LayerPlan],
+    aligner: Aligner,
+    aside: Aside,
+    saves: AsideSaves,
+    progress: Progress,
+) -> Computed:
+    """The merged model, compressed if that was asked for."""
+    settings = problem.settings
+    if settings.compress is None:
+        return merged
+    remapped = settings.model_copy(update={"form": "remapped"})
+    found = compress_experts(
+        problem.model,
+        layers,
+        plans,
+        settings,
+        MergedExperts(problem.model, layers, plans, remapped, aligner=aligner),
+        problem.examples,
+        saves,
+        seed=problem.seed,
+        device=problem.device,
+        progress=progress,
+    )
+    model = CompressedModel(merged, found, layers, plans, settings)
+    model.write_compressed(aside)
+    return model
 
 
 def _planned(
@@ -93,51 +148,127 @@ def _planned(
     digest: str,
     aside: Aside,
     progress: Progress,
-) -> tuple[list[LayerPlan], list[Tensor]]:
-    """Groups and collapsed routers; only what an earlier attempt did not leave is measured."""
+) -> tuple[list[LayerPlan], Aligner]:
+    """Groups, and orders of neurons, as far as they cannot be had without running the model."""
     model, settings = problem.model, problem.settings
-    path = aside.folder / EXPERTS_FILE
-    known = EXPERTS_FILE in aside.finished
-    collapses = settings.form == "collapsed"
-    network = None
-    if not known or (collapses and settings.router == "logsumexp"):
-        network = network_of(model, problem.device)
-    if known:
-        plans = _read_plans(path)
-    else:
-        assert network is not None
-        plans, document = _measured(problem, layers, network, progress)
-        write_text(path, json.dumps({"model": digest, **document}, indent=1))
-        aside.finish(EXPERTS_FILE, None)
-    if not collapses:
-        return plans, []
-    routers = collapsed_routers(
-        network,
+    path, orders = aside.folder / EXPERTS_FILE, aside.folder / _ORDERS
+    by_data = settings.alignment_by == "activations"
+    if EXPERTS_FILE in aside.finished and (not by_data or _ORDERS in aside.finished):
+        known = _read_orders(load_file(orders)) if by_data else {}
+        return _read_plans(path), Aligner(model, layers, orders=known)
+    network = network_of(model, problem.device)
+    plans, aligner, document = _measured(problem, layers, network, progress)
+    if by_data:
+        aligner.of_plans(plans, settings)
+        named = {"/".join(map(str, key)): order for key, order in aligner.orders.items()}
+        _keep(aside, _ORDERS, named)
+    write_text(path, json.dumps({"model": digest, **document}, indent=1))
+    aside.finish(EXPERTS_FILE, None)
+    return plans, aligner
+
+
+def _read_orders(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int, int], Tensor]:
+    found = {}
+    for key, order in tensors.items():
+        at, expert, reference = map(int, key.split("/"))
+        found[at, expert, reference] = order
+    return found
+
+
+def _routers(
+    problem: ExpertProblem,
+    layers: Sequence[ExpertLayer],
+    plans: Sequence[LayerPlan],
+    aligner: Aligner,
+    aside: Aside,
+    progress: Progress,
+) -> list[Tensor]:
+    """A router for every layer; none where they stay as they are."""
+    model, settings = problem.model, problem.settings
+    distils, collapses = settings.router == "distilled", settings.form == "collapsed"
+    if not collapses and not distils:
+        return []
+    if _ROUTERS in aside.finished:
+        known = load_file(aside.folder / _ROUTERS)
+        return [known[layer.prefix] for layer in layers]
+    routers = [model.tensor(layer.router[0]) for layer in layers]
+    if collapses:
+        routers = _collapsed(problem, layers, plans, progress)
+    saves = AsideSaves(aside, "router")
+    if distils:
+        seen = settings if collapses else settings.model_copy(update={"form": "replicated"})
+        routers = distilled_routers(
+            model,
+            MergedExperts(model, layers, plans, seen, routers=routers, aligner=aligner),
+            layers,
+            problem.examples,
+            saves,
+            steps=settings.router_steps,
+            learning_rate=settings.router_learning_rate,
+            batch_size=settings.batch_size,
+            seed=problem.seed,
+            device=problem.device,
+            progress=partial(progress, "training routers"),
+        )
+    _keep(aside, _ROUTERS, {layer.prefix: r for layer, r in zip(layers, routers, strict=True)})
+    saves.drop()
+    return routers
+
+
+def _collapsed(
+    problem: ExpertProblem,
+    layers: Sequence[ExpertLayer],
+    plans: Sequence[LayerPlan],
+    progress: Progress,
+) -> list[Tensor]:
+    model, settings = problem.model, problem.settings
+    how = "logsumexp" if settings.router == "distilled" else settings.router
+    return collapsed_routers(
+        network_of(model, problem.device) if how == "logsumexp" else None,
         model,
         layers,
         [plan.groups for plan in plans],
-        settings.router,
+        how,
         problem.examples,
         batch_size=settings.batch_size,
-        progress=lambda done, total: progress("fitting routers", done, total),
+        progress=partial(progress, "fitting routers"),
     )
-    return plans, routers
+
+
+def _keep(aside: Aside, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors that need not be computed again if this attempt is cut off."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside.folder / name)
+    flush(aside.folder / name)
+    aside.finish(name, None)
 
 
 def _measured(
     problem: ExpertProblem, layers: Sequence[ExpertLayer], network: Network, progress: Progress
-) -> tuple[list[LayerPlan], dict[str, Any]]:
-    settings = problem.settings
+) -> tuple[list[LayerPlan], Aligner, dict[str, Any]]:
+    model, settings = problem.model, problem.settings
     seen = routing_statistics(
         network,
-        problem.model,
+        model,
         layers,
         problem.examples,
         batch_size=settings.batch_size,
-        outputs=settings.compared_by == "outputs",
-        progress=lambda done, total: progress("watching the routing", done, total),
+        outputs=settings.needs_outputs,
+        inputs=settings.needs_inputs,
+        progress=partial(progress, "watching the routing"),
     )
-    plans = plan_experts(problem.model, layers, seen, settings, seed=problem.seed)
+    aligner = aligner_of(model, layers, seen, settings)
+    if settings.needs_gradients:
+        add_gradients(
+            network,
+            model,
+            layers,
+            seen,
+            problem.examples,
+            order=partial(compared_in, aligner, settings),
+            batch_size=settings.batch_size,
+            progress=partial(progress, "taking gradients"),
+        )
+    plans = plan_experts(model, layers, seen, settings, seed=problem.seed, aligner=aligner)
     document = {
         "evomerge": evomerge.__version__,
         "settings": settings.model_dump(),
@@ -154,7 +285,7 @@ def _measured(
             for layer, statistics, plan in zip(layers, seen, plans, strict=True)
         ],
     }
-    return plans, document
+    return plans, aligner, document
 
 
 def _read_plans(path: Path) -> list[LayerPlan]:

@@ -27,8 +27,8 @@ class MergedExperts:
 
     Sums run in float32 and are rounded once to the stored dtype. A group of
     one expert of weight above 0 is that expert's stored bytes, its neurons in their own order; so
-    is whatever is no expert and no collapsed router. `routers` are the collapsed [K, d], one for
-    each layer.
+    is whatever is no expert and no router. `routers` has one for each layer: [K, d] for the collapsed
+    form, which needs them, [E, d] for the others.
 
     Source: Li et al. 2024, arXiv:2310.01334, algorithm 1. The authors divide by Σaᵢ + 10⁻⁷ (10⁻³ in
     one script, which shrinks experts that nothing is merged with); here weights sum to 1.
@@ -54,8 +54,10 @@ class MergedExperts:
         dropped: set[str] = set()
         for at, layer in enumerate(layers):
             dropped |= self._place(at, layer)
+            if routers:
+                self._rows[layer.router[0]] = routers[at]
             if settings.form == "collapsed":
-                self._collapse(at, layer, routers[at])
+                self._collapse(at, layer)
         self.names = tuple(name for name in model.names if name not in dropped)
         self.path, self.folder = model.path, model.folder
 
@@ -124,10 +126,9 @@ class MergedExperts:
                     dropped.add(name)
         return dropped
 
-    def _collapse(self, at: int, layer: ExpertLayer, router: Tensor) -> None:
+    def _collapse(self, at: int, layer: ExpertLayer) -> None:
         groups = self._plans[at].groups
         leaders = [groups.leaders[members[0]] for members in groups.members]
-        self._rows[layer.router[0]] = router
         for name in layer.router[1:]:
             self._rows[name] = self._model.tensor(name)[leaders]
 

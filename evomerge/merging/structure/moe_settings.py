@@ -102,7 +102,9 @@ class ExpertSettings(BaseModel):
     alignment_by: Literal["weights", "activations"] = "weights"
     skip: tuple[int, ...] = ()
     form: Literal["replicated", "remapped", "collapsed"] = "replicated"
-    router: Literal["dominant", "mean", "logsumexp"] = "dominant"
+    router: Literal["dominant", "mean", "logsumexp", "distilled"] = "dominant"
+    router_steps: int = Field(default=100, ge=1)
+    router_learning_rate: float = Field(default=1e-3, gt=0.0)
     batch_size: int = Field(default=8, ge=1)
     compress: CompressSettings | None = None
 
