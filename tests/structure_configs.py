@@ -13,16 +13,62 @@ CONFIGS = {
     "qwen3": {"model_type": "qwen3"},
     "gemma": {"model_type": "gemma"},
     "gemma2": {"model_type": "gemma2"},
+    "olmo2": {"model_type": "olmo2"},
+    "phi3": {"model_type": "phi3"},
     "mixtral": {"model_type": "mixtral"},
     "qwen2_moe": {"model_type": "qwen2_moe"},
     "qwen3_moe": {"model_type": "qwen3_moe"},
+    "olmoe": {"model_type": "olmoe"},
+    "deepseek_v2, whole queries": {
+        "model_type": "deepseek_v2", "q_lora_rank": None, "topk_method": "greedy",
+        "attention_bias": True,
+    },
+    "deepseek_v2, clusters": {
+        "model_type": "deepseek_v2", "q_lora_rank": 10, "topk_method": "group_limited_greedy",
+        "n_group": 4, "topk_group": 2,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", "q_lora_rank": 10, "n_group": 1, "topk_group": 1,
+    },
+    "deepseek_v3, clusters": {"model_type": "deepseek_v3", "q_lora_rank": 10},
     "gpt2": {"model_type": "gpt2"},
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "gpt_neox, tied, all turning": {
+        "model_type": "gpt_neox", "tie_word_embeddings": True, "rotary_pct": 1.0,
+        "use_parallel_residual": False,
+    },
+    "t5": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+    "t5, gated, words apart": {
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"],
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    },
+    "t5, encoder": {"model_type": "t5", "architectures": ["T5EncoderModel"]},
+    "mt5": {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]},
+    "umt5": {"model_type": "umt5", "architectures": ["UMT5ForConditionalGeneration"]},
+    "switch": {
+        "model_type": "switch_transformers",
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+    },
+    "clip": {"model_type": "clip", "architectures": ["CLIPModel"]},
+    "clip, images": {"model_type": "clip", "architectures": ["CLIPForImageClassification"]},
+    "clip, vision": {
+        "model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"],
+    },
+    "clip, vision alone": {
+        "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"],
+    },
+    "clip, text": {
+        "model_type": "clip_text_model", "architectures": ["CLIPTextModelWithProjection"],
+    },
+    "clip, text alone": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]},
     "bert": {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
     "bert, tokens": {"model_type": "bert", "architectures": ["BertForTokenClassification"]},
     "bert, words": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
     "bert, words apart": {
         "model_type": "bert", "architectures": ["BertForMaskedLM"], "tie_word_embeddings": False,
     },
+    "bert alone": {"model_type": "bert", "architectures": ["BertModel"]},
+    "vit alone": {"model_type": "vit", "architectures": ["ViTModel"]},
     "vit": {"model_type": "vit", "architectures": ["ViTForImageClassification"]},
     "vit, no biases": {
         "model_type": "vit", "architectures": ["ViTForImageClassification"], "qkv_bias": False,

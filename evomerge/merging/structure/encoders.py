@@ -2,7 +2,8 @@
 
 By the names that checkpoints have on disk. Without rotary positions the channels of queries and
 keys of one head may change places, together. A key's bias adds the same to all scores of a query,
-which the softmax takes away again: the function does not depend on it.
+which the softmax takes away again: the function does not depend on it. Where no head reads the
+residual stream it is what the network gives out, and keeps its order.
 """
 
 from __future__ import annotations
@@ -11,9 +12,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evomerge.merging.structure.permutation import Group
-from evomerge.merging.structure.units import Shapes, blocks, bound, layers, prefix_of
+from evomerge.merging.structure.units import (
+    Place,
+    Shapes,
+    blocks,
+    bound,
+    channels,
+    fixed,
+    layers,
+    prefix_of,
+)
 
 _BOTH = ("weight", "bias")
+_SELF = ("query", "key", "value")
 
 
 def vit(config: Mapping[str, Any], shapes: Shapes) -> Iterator[Group]:
@@ -27,7 +38,9 @@ def vit(config: Mapping[str, Any], shapes: Shapes) -> Iterator[Group]:
     places = [*tokens, *patches]
     places += [(f"{norm}.{x}", 0) for norm in (*norms, f"{prefix}layernorm") for x in _BOTH]
     read = [("classifier.weight", 1), (f"{prefix}pooler.dense.weight", 1)]
-    yield _residual([*places, *read], every, "attention.attention.", shapes)
+    places += _stream_places(every, "attention.attention.")
+    has_head = "classifier.weight" in shapes
+    yield (channels if has_head else fixed)("residual", [*places, *read], shapes)
     yield from _layers(every, "attention.attention.", int(config["num_attention_heads"]), shapes)
 
 
@@ -49,50 +62,50 @@ def bert(config: Mapping[str, Any], shapes: Shapes) -> Iterator[Group]:
     read.append((f"{pooler}weight", 1) if has_pooler else ("classifier.weight", 1))
     if (apart := f"{head}decoder.weight") not in shapes:
         read += transformed
-    yield _residual([*places, *read], every, "attention.self.", shapes)
+    places += _stream_places(every, "attention.self.")
+    has_head = "classifier.weight" in shapes or f"{head}transform.dense.weight" in shapes
+    yield (channels if has_head else fixed)("residual", [*places, *read], shapes)
     yield from _layers(every, "attention.self.", int(config["num_attention_heads"]), shapes)
     if apart in shapes:
-        yield _channels("head", [*transformed, (apart, 1)], shapes)
+        yield channels("head", [*transformed, (apart, 1)], shapes)
     if has_pooler and "classifier.weight" in shapes:
-        yield _channels("pooler", pooled, shapes)
+        yield channels("pooler", pooled, shapes)
 
 
-def _channels(name: str, places: list[tuple[str, int]], shapes: Shapes) -> Group:
-    index = blocks(shapes[places[0][0]][places[0][1]])
-    return Group(name, name, len(index), bound(shapes, index, *places))
-
-
-def _residual(
-    places: list[tuple[str, int]], every: list[str], attention: str, shapes: Shapes
-) -> Group:
+def _stream_places(every: list[str], attention: str) -> Iterator[Place]:
     for layer in every:
-        places += [(f"{layer}{attention}{x}.weight", 1) for x in ("query", "key", "value")]
-        places += [(f"{layer}attention.output.dense.{x}", 0) for x in _BOTH]
-        places.append((f"{layer}intermediate.dense.weight", 1))
-        places += [(f"{layer}output.dense.{x}", 0) for x in _BOTH]
-    return _channels("residual", [place for place in places if place[0] in shapes], shapes)
+        yield from ((f"{layer}{attention}{x}.weight", 1) for x in _SELF)
+        yield from ((f"{layer}attention.output.dense.{x}", 0) for x in _BOTH)
+        yield f"{layer}intermediate.dense.weight", 1
+        yield from ((f"{layer}output.dense.{x}", 0) for x in _BOTH)
 
 
 def _layers(every: list[str], attention: str, heads: int, shapes: Shapes) -> Iterator[Group]:
     for layer in every:
-        out = f"{layer}attention.output.dense.weight"
-        yield from _heads(layer + attention, out, heads, shapes)
+        out = f"{layer}attention.output.dense"
+        yield from multi_head(layer + attention, _SELF, out, heads, shapes)
         neurons = [(f"{layer}intermediate.dense.{x}", 0) for x in _BOTH]
         index = blocks(shapes[neurons[0][0]][0])
         places = [*neurons, (f"{layer}output.dense.weight", 1)]
         yield Group(f"{layer}mlp", "mlp", len(index), bound(shapes, index, *places))
 
 
-def _heads(attention: str, out: str, heads: int, shapes: Shapes) -> Iterator[Group]:
-    dim = shapes[out][1] // heads
-    query, value = ([(f"{attention}{x}.{y}", 0) for y in _BOTH] for x in ("query", "value"))
-    key, key_bias = (f"{attention}key.weight", 0), (f"{attention}key.bias", 0)
+def multi_head(
+    attention: str, names: tuple[str, str, str], out: str, heads: int, shapes: Shapes
+) -> Iterator[Group]:
+    """Heads, and inside each the channels of queries and keys, and those of values.
+
+    `names` are those of queries, keys and values behind `attention`; `out` is what reads the heads.
+    """
+    dim, read = shapes[f"{out}.weight"][1] // heads, (f"{out}.weight", 1)
+    query, _, value = ([(f"{attention}{x}.{y}", 0) for y in _BOTH] for x in names)
+    key, key_bias = ((f"{attention}{names[1]}.{y}", 0) for y in _BOTH)
     name, every = f"{attention}heads", blocks(heads, dim)
-    whole = bound(shapes, every, *query, key, *value, (out, 1))
+    whole = bound(shapes, every, *query, key, *value, read)
     yield Group(name, "heads", heads, whole + bound(shapes, every, key_bias, inert=True))
     for unit in range(heads):
-        channels = every[unit][:, None]
-        pairs = bound(shapes, channels, *query, key) + bound(shapes, channels, key_bias, inert=True)
+        index = every[unit][:, None]
+        pairs = bound(shapes, index, *query, key) + bound(shapes, index, key_bias, inert=True)
         yield Group(f"{name}.{unit}.qk", "qk", dim, pairs, name, unit)
-        values = bound(shapes, channels, *value, (out, 1))
+        values = bound(shapes, index, *value, read)
         yield Group(f"{name}.{unit}.value", "value", dim, values, name, unit)

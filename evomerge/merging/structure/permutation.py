@@ -7,9 +7,11 @@ architecture (those are in `families`), no checkpoint and no way to find a good 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,8 +121,9 @@ class Group:
 class Spec:
     """All groups of one network, a parent before the groups inside it.
 
-    A group inside a unit must have its like, of the same role and size, in every other unit of the
-    parent; a parent has no parent itself. Raises MergeError where that does not hold.
+    A group inside a unit must have its like in every other unit of the parent: of the same role and
+    size, and as many-th of them. A parent has no parent itself. Raises MergeError where that does
+    not hold.
     """
 
     groups: tuple[Group, ...]
@@ -136,7 +139,7 @@ class Spec:
             seen[group.name] = group
         for group in self.groups:
             units = range(seen[group.parent].size) if group.parent else ()
-            if any(self._place(group, u) not in self._by_place for u in units):
+            if any((*self._places[group.name], u) not in self._by_place for u in units):
                 raise MergeError(f"group {group.name}: other units of {group.parent} have no like")
 
     def __getitem__(self, name: str) -> Group:
@@ -147,15 +150,24 @@ class Spec:
         return {group.name: group for group in self.groups}
 
     @cached_property
-    def _by_place(self) -> dict[tuple[str, str, int, int], Group]:
-        return {self._place(g, g.unit): g for g in self.groups if g.parent is not None}
+    def _places(self) -> dict[str, tuple[Any, ...]]:
+        """Where each group lies inside its unit: the first, second, ... of its role and size."""
+        seen: Counter[tuple[str | None, str, int, int]] = Counter()
+        places = {}
+        for group in self.groups:
+            kind = group.parent, group.role, group.size, group.unit
+            places[group.name] = (*kind[:3], seen[kind])
+            seen[kind] += 1
+        return places
 
-    def _place(self, group: Group, unit: int) -> tuple[str, str, int, int]:
-        return group.parent or "", group.role, unit, group.size
+    @cached_property
+    def _by_place(self) -> dict[tuple[Any, ...], Group]:
+        inside = (group for group in self.groups if group.parent is not None)
+        return {(*self._places[group.name], group.unit): group for group in inside}
 
     def like(self, group: Group, unit: int) -> Group:
-        """The group of the same role inside another unit of its parent."""
-        return self._by_place[self._place(group, unit)]
+        """The group that lies inside another unit of its parent as this one does inside its own."""
+        return self._by_place[(*self._places[group.name], unit)]
 
     def inside(self, group: Group) -> tuple[Group, ...]:
         """The groups inside the units of a group."""

@@ -6,15 +6,17 @@ What every family's specification is written with. Knows no architecture.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.permutation import Bind
+from evomerge.merging.structure.permutation import Bind, Group
 
 Shapes = Mapping[str, tuple[int, ...]]
+Place = tuple[str, int]
+"""A tensor and one of its axes."""
 
 
 def blocks(units: int, width: int = 1, start: int = 0) -> Tensor:
@@ -25,7 +27,7 @@ def blocks(units: int, width: int = 1, start: int = 0) -> Tensor:
 def bound(
     shapes: Shapes,
     index: Tensor,
-    *places: tuple[str, int],
+    *places: Place,
     compared: bool = True,
     inert: bool = False,
 ) -> tuple[Bind, ...]:
@@ -35,6 +37,23 @@ def bound(
         for param, axis in places
         if param in shapes
     )
+
+
+def channels(name: str, places: Iterable[Place], shapes: Shapes) -> Group:
+    """A group of which every unit is one position of each of these axes."""
+    width = _width(places := list(places), shapes)
+    return Group(name, name, width, bound(shapes, blocks(width), *places))
+
+
+def fixed(name: str, places: Iterable[Place], shapes: Shapes) -> Group:
+    """One unit with all positions of these axes: it says that they belong together, and that none
+    of them may leave its place."""
+    width = _width(places := list(places), shapes)
+    return Group(name, name, 1, bound(shapes, blocks(1, width), *places))
+
+
+def _width(places: Iterable[Place], shapes: Shapes) -> int:
+    return next(shapes[name][axis] for name, axis in places if name in shapes)
 
 
 def prefix_of(shapes: Shapes, known: str) -> str:
