@@ -180,7 +180,7 @@ class _Student:
         if 0 < density < 1:
             self._write()
             done = 0
-            with self._network.gradients(self._take):
+            with self._network.gradients(self._take, of=self._stands):
                 for rows in data:
                     self._pass(rows, None, what="importance of rows")
                     for name, s in self._s.items():
@@ -207,7 +207,7 @@ class _Student:
             self._write()
             return self._pass(rows, self._wanted(teacher, rows), what=f"distillation step {number}")
 
-        with self._network.gradients(self._take):
+        with self._network.gradients(self._take, of=[*self._stands, *self.others]):
             return distil(
                 {f"{kind}.{name}": t for kind, part in parts.items() for name, t in part.items()},
                 step,
