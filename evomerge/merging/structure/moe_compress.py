@@ -7,6 +7,7 @@ same function). Writes no checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,13 @@ def check_compressible(
                     f"experts.compress.rank: {settings.compress.rank}, expected 1 to {min(shape)}:"
                     f" {name} is {list(shape)}"
                 )
+
+
+def saved_bytes(model: Weights, settings: ExpertSettings) -> int:
+    """Room on the disk for what a training saves of itself: float32, with two moments, twice."""
+    if settings.compress is None or settings.compress.steps == 0:
+        return 0
+    return 24 * sum(math.prod(model.shape(name)) for name in model.names)
 
 
 def matrix_names(

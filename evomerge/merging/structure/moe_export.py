@@ -26,7 +26,11 @@ from evomerge.merging.export import SHARD_BYTES, companions
 from evomerge.merging.fitted.calibration import Example
 from evomerge.merging.fitted.network import Network, network_of
 from evomerge.merging.structure.compressed_model import CompressedModel
-from evomerge.merging.structure.moe_compress import check_compressible, compress_experts
+from evomerge.merging.structure.moe_compress import (
+    check_compressible,
+    compress_experts,
+    saved_bytes,
+)
 from evomerge.merging.structure.moe_gradients import add_gradients
 from evomerge.merging.structure.moe_grouping import Groups
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
@@ -97,7 +101,8 @@ def merge_experts(
     if not problem.examples:
         raise MergeError("calibration: no examples; the routing of experts cannot be watched")
     digest = finite_digest(model)
-    with written_aside(directory, _purpose(problem, digest, shard_bytes), _size(model)) as aside:
+    needed = _size(model) + saved_bytes(model, settings)
+    with written_aside(directory, _purpose(problem, digest, shard_bytes), needed) as aside:
         plans, aligner = _planned(problem, layers, digest, aside, progress)
         routers = _routers(problem, layers, plans, aligner, aside, progress)
         merged = MergedExperts(model, layers, plans, settings, routers=routers, aligner=aligner)
