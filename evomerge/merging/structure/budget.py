@@ -68,13 +68,14 @@ class Costs:
 
     def _extra(self, terms: tuple[Term, ...], total: float) -> SharedCost:
         place = {name: i for i, name in enumerate(self.groups)}
-        own, shared = np.zeros(len(place)), []
+        own, shared = np.zeros(len(place)), list[tuple[int, int, float]]()
         for term in terms:
             ends = [place[g] for g in (term.in_group, term.out_group) if g in place]
             for i in ends:
                 own[i] += term.cost / total
             if len(ends) == 2:
-                shared += [(*pair, term.cost / total) for pair in (ends, ends[::-1])]
+                i, o = ends
+                shared += [(i, o, term.cost / total), (o, i, term.cost / total)]
         return SharedCost.of(own, shared)
 
     def relative(self, apart: Mapping[str, int]) -> float:

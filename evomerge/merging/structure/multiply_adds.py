@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from evomerge.merging.structure.budget import Term
@@ -44,15 +45,17 @@ def positions(modules: Modules, run: Run) -> dict[str, int]:
     return found
 
 
-def counted(model: nn.Module, run: Run) -> float:
-    """Multiply-adds of one forward pass, of all products of matrices, convolutions and attention.
+def counted(run: Run) -> float:
+    """Multiply-adds of one forward pass, of its products of matrices, convolutions and attention.
 
     As torch counts them: zeros are multiplied like other numbers, and what works on one entry at a
-    time (norms, activations, biases) is free.
+    time (norms, activations, biases) is free. Attention is computed as plain products of matrices,
+    since torch counts it in no other form on a CPU; causal or not, all of it.
     """
-    with torch.no_grad(), FlopCounterMode(model, display=False) as counter:
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
         run()
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2
 
 
 def layer_terms(
