@@ -111,11 +111,18 @@ def _encode(passage: Passage, tokenizer: Any, most: int) -> Example:
     """Tokens as lm-eval scores them: white space before the answer is the answer's."""
     prompt = passage.prompt.rstrip()
     whole = _tokens(passage.prompt + passage.answer, tokenizer)
-    before = len(_tokens(prompt, tokenizer)) if prompt else 0
-    if passage.ends and tokenizer.eos_token_id is not None:
+    before = _length(prompt, tokenizer) if prompt else 0
+    if passage.ends and tokenizer.eos_token_id not in (None, *whole[-1:]):
         whole = [*whole, tokenizer.eos_token_id]
     cut = max(0, min(len(whole) - most, before - 1))  # of the prompt's beginning
     return Example(tuple(whole[cut:][:most]), max(0, before - cut), passage.item)
+
+
+def _length(prompt: str, tokenizer: Any) -> int:
+    """Tokens of a prompt, but for the end that tokenizers of encoder-decoders put behind it."""
+    ids, end = _tokens(prompt, tokenizer), tokenizer.eos_token
+    closed = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(end or "\n")
+    return len(ids) - closed
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:

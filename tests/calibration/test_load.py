@@ -68,6 +68,23 @@ def test_answers_are_the_tokens_that_lm_eval_scores(tasks: Path, name: str) -> N
         assert [example.tokens[i] for i in example.predicted] == after
 
 
+def test_a_tokenizer_that_closes_every_text_moves_no_answer(tmp_path: Path) -> None:
+    """As those of encoder-decoders do: the prompt's end is no token of the whole."""
+    from tokenizers.processors import TemplateProcessing
+
+    closing = build_tokenizer(64)
+    end = closing.eos_token_id
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {closing.eos_token}", special_tokens=[(closing.eos_token, end)]
+    )
+    path = write_lines(tmp_path / "data.jsonl", [{"q": "abc ", "a": "d e"}])
+    spec = spec_of({"jsonl": str(path), "prompt": "q", "answer": "a"})
+    (example,) = load_calibration(spec, ["a"], closing).of("a")
+    (plain,) = load_calibration(spec, ["a"], TOKENIZER).of("a")
+    assert example.answer == plain.answer
+    assert example.tokens.count(end) == 1
+
+
 def test_the_right_choice_is_the_answer(tasks: Path) -> None:
     rows = [json.loads(line) for line in (tasks / "test.jsonl").read_text().splitlines()]
     right = {row["prompt"]: row["choices"][row["label"]] for row in rows}

@@ -25,10 +25,11 @@ class MergedExperts:
 
         E_group = Σ over the group of wᵢ·Pᵢ(Eᵢ),   P the alignment of neurons
 
-    Sums run in float32 and are rounded once to the stored dtype. A group of
-    one expert of weight above 0 is that expert's stored bytes, its neurons in their own order; so
-    is whatever is no expert and no router. `routers` has one for each layer: [K, d] for the collapsed
-    form, which needs them, [E, d] for the others.
+    Sums run in float32 and are rounded once to the stored dtype. A group of one expert of weight
+    above 0 is that expert's stored bytes, its neurons in their own order; so is whatever is no
+    expert and no router. `routers` has one for each layer: [K, d] for the collapsed form, which
+    needs them, [E, d] for the others. `aligner` knows orders of neurons; without one they are
+    matched by weights.
 
     Source: Li et al. 2024, arXiv:2310.01334, algorithm 1. The authors divide by Σaᵢ + 10⁻⁷ (10⁻³ in
     one script, which shrinks experts that nothing is merged with); here weights sum to 1.

@@ -40,9 +40,10 @@ def distilled_routers(
 
         W = argmin Σ over tokens that count of KL(softmax(y) ‖ softmax(z))
 
-    y are the logits of `model`, z those of `merged`. By Adam at a constant rate, on batches drawn
-    in rounds keyed by the seed; everything else stays as it is, biases of routers too. Which
-    experts a token is sent to has no gradient: rows learn by the gate values of those it is.
+    y are the logits of `model`, z those of `merged`. By Adam at a constant rate, which is a share
+    of each router's root mean square, on batches drawn in rounds keyed by the seed; everything else
+    stays as it is, biases of routers too. Which experts a token is sent to has no gradient: rows
+    learn by the gate values of those it is.
 
     Memory: both models in float32. An earlier attempt in `saves` is gone on with, bit for bit.
     Raises MergeError for data without tokens to predict, and for a loss that is not finite.
@@ -54,26 +55,28 @@ def distilled_routers(
         raise MergeError("calibration: no example has a token to predict; give longer ones")
     teacher, student = network_of(model, device), _network(merged, device)
     names = [layer.router[0] for layer in layers]
-    rows = {name: merged.tensor(name).to(device, torch.float64, copy=True) for name in names}
+    start = {name: merged.tensor(name).to(device, torch.float64) for name in names}
+    sizes = {name: float(rows.square().mean().sqrt()) or 1.0 for name, rows in start.items()}
+    scaled = {name: rows / sizes[name] for name, rows in start.items()}
 
     def step(number: int) -> Mapping[str, float]:
         batch = endless_batch(examples, number, batch_size, seed=seed, name="routers").to(device)
-        for name, values in rows.items():
+        for name, values in scaled.items():
             values.grad = torch.zeros_like(values)
-            student.write(name, values)
+            student.write(name, values * sizes[name])
         with torch.no_grad():
             wanted = teacher.logits(batch)[batch.counted]
         loss = kl(student.logits(batch)[batch.counted], Teacher(wanted), 1.0)
         return {"kl": student.backward(loss, batch, what=f"router distillation step {number}")}
 
     def take(name: str, gradient: Tensor) -> None:
-        if name in rows:
-            rows[name].grad = gradient.to(torch.float64, copy=True)
+        if name in scaled:
+            scaled[name].grad = gradient.double() * sizes[name]
 
-    descent = Descent(rows, learning_rate, saves)
+    descent = Descent(scaled, learning_rate, saves)
     with student.gradients(take, of=names):
         descent.run(steps, step, Watch(progress=progress), lambda: 0.0)
-    return [rows[name].float().cpu() for name in names]
+    return [(scaled[name] * sizes[name]).float().cpu() for name in names]
 
 
 def _network(merged: Weights, device: str) -> Network:

@@ -5,6 +5,7 @@
       method: m_smoe              # m_smoe, hc_smoe, prune
       similarity: router_logits
       alignment: first            # first (as published), dominant, none
+      alignment_by: weights       # weights, activations
       form: replicated            # replicated, remapped, collapsed
 
 Data only.
@@ -86,8 +87,11 @@ class ExpertSettings(BaseModel):
     groups experts around the most used ones, `hc_smoe` by hierarchical clustering, `prune` groups
     as m_smoe does and keeps the most used expert of each group as it is. `exponent` is γ of the
     weights aᵢ = usageᵢ^γ: 0 weighs all alike. `skip` names layers, counted among those with
-    experts, that are left as they are. `router` is for the collapsed form. `compress` makes the
-    experts of all layers that are not skipped smaller.
+    experts, that are left as they are. `similarity`: see `similarity_gram`. Neurons are aligned
+    by their weights or by what they do on the data. `router` is for the collapsed form, but for
+    `distilled`, which trains those of any form for `router_steps`; `router_learning_rate` is a
+    share of each router's root mean square. `compress` makes the experts of all layers that are not
+    skipped smaller.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,7 +108,7 @@ class ExpertSettings(BaseModel):
     form: Literal["replicated", "remapped", "collapsed"] = "replicated"
     router: Literal["dominant", "mean", "logsumexp", "distilled"] = "dominant"
     router_steps: int = Field(default=100, ge=1)
-    router_learning_rate: float = Field(default=1e-3, gt=0.0)
+    router_learning_rate: float = Field(default=0.1, gt=0.0)
     batch_size: int = Field(default=8, ge=1)
     compress: CompressSettings | None = None
 
@@ -121,6 +125,10 @@ class ExpertSettings(BaseModel):
             )
         if self.form == "collapsed" and self.allocation == "adaptive":
             raise ValueError("allocation: adaptive: the collapsed form needs uniform")
+        if self.compress is not None and self.router == "distilled":
+            raise ValueError(
+                "router: distilled: leave it out with compress, which takes routers as they are"
+            )
         return self
 
     @property

@@ -24,7 +24,7 @@ from evomerge.merging.structure.moe_settings import ExpertSettings
 from evomerge.merging.structure.remapped import load_remapped
 
 DISTILLED: dict[str, Any] = {
-    "keep": 2, "router": "distilled", "router_steps": 24, "router_learning_rate": 5e-3,
+    "keep": 2, "router": "distilled", "router_steps": 24, "router_learning_rate": 0.02,
     "allocation": "uniform", "batch_size": 10,
 }  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_routers_that_were_disturbed_are_found_again(mixtral: Path) -> None:
 
     distilled_routers(
         model, student, layers, small_experts.examples(), Curve(),
-        steps=200, learning_rate=5e-3, batch_size=10,
+        steps=200, learning_rate=0.02, batch_size=10,
     )  # fmt: skip
     assert curve[-1] < 0.5 * curve[0]
 
