@@ -16,7 +16,7 @@ from evomerge.merging.structure.families import spec_of
 from evomerge.merging.structure.matching import weight_matching
 from evomerge.merging.structure.permutation import Spec, apply, inverse, random_permutations
 from evomerge.merging.structure.tracer import traced_spec
-from evomerge.merging.structure.trial_network import TrialNetwork
+from evomerge.merging.structure.trial_network import TrialNetwork, random_tensor
 
 
 def pixels(channels=3, size=8):
@@ -112,8 +112,9 @@ def test_the_groups_of_transformers_resnet_are_those_written_by_hand(name):
 
 
 def test_a_flattened_channel_owns_its_places_in_the_linear_layer():
-    model = of(conv(3, 4), nn.ReLU(), nn.MaxPool2d(2), conv(4, 5), nn.ReLU(), nn.MaxPool2d(2),
-               nn.Flatten(), nn.Linear(20, 6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 3))  # fmt: skip
+    head = of(nn.Flatten(), nn.Linear(20, 6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 3))
+    pool = nn.MaxPool2d(2)
+    model = of(conv(3, 4), nn.ReLU(), pool, conv(4, 5), nn.ReLU(), pool, *head)
     found = places(traced_spec(model, pixels()))
     assert set(found) == {"0", "3", "7"}
     assert found["3"]["7.weight", 1] == torch.arange(20).view(5, 4).tolist()
@@ -370,6 +371,21 @@ def test_what_is_not_known_to_treat_units_alike_fixes_them(operation):
     assert set(places(traced_spec(Unknown(operation), torch.randn(3, 5)))) == {"b"}
 
 
+def test_groups_that_no_output_depends_on_are_left_out():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(5, 6), nn.Linear(4, 2), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            self.unused(x)
+            return self.b(x[:, :4])
+
+    (group,) = traced_spec(Net(), torch.randn(3, 5)).groups
+    assert places(Spec((group,)))["a"]["a.weight", 0] == [[0], [1], [2], [3]]
+
+
 def test_what_reaches_an_output_is_fixed():
     class Net(nn.Module):
         def __init__(self):
@@ -406,8 +422,9 @@ def test_no_bind_can_be_left_out():
     torch.manual_seed(0)
     model = Dense().double().eval()
     spec = traced_spec(model, pixels())
+    draw = torch.Generator().manual_seed(0)
     state = {
-        n: torch.rand_like(t) if t.is_floating_point() else t for n, t in model.state_dict().items()
+        n: random_tensor(n, tuple(t.shape), t.dtype, draw) for n, t in model.state_dict().items()
     }
 
     def compute(state):
@@ -449,7 +466,7 @@ def test_control_flow_that_depends_on_data_is_refused_in_one_line():
 
 
 def test_an_example_that_does_not_fit_is_refused():
-    with pytest.raises(MergeError, match="Linear cannot be traced on this example.*does not fit"):
+    with pytest.raises(MergeError, match=r"Linear cannot be traced on this example.*does not fit"):
         traced_spec(nn.Linear(3, 4), torch.randn(2, 5))
 
 
