@@ -187,7 +187,7 @@ class WholeUnits:
         given up, one of a third is bought, and the rest is improved. It matters where units are
         large: a programme of whole numbers has its own local optima."""
         generator = np.random.default_rng(seed)
-        for _ in range(times):
+        for _ in range(times if 0 < counts.sum() < self.sizes.sum() else 0):
             tried = counts.copy()
             for i in generator.permutation(np.flatnonzero(tried))[:2]:
                 tried[i] -= min(int(tried[i]), int(generator.integers(1, 4)))
