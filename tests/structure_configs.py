@@ -38,10 +38,6 @@ CONFIGS = {
         "use_parallel_residual": False,
     },
     "t5": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
-    "t5, gated, words apart": {
-        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"],
-        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
-    },
     "t5, encoder": {"model_type": "t5", "architectures": ["T5EncoderModel"]},
     "mt5": {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]},
     "umt5": {"model_type": "umt5", "architectures": ["UMT5ForConditionalGeneration"]},

@@ -166,11 +166,9 @@ class Merge:
         if self.is_built:
             return []  # several tensors of a model; they are looked at when all is done
         if not self.is_merged(name):
-            views = [self.anchor]
-        else:
-            views = [self.sources[source] for source in self.coefficients(name).names]
-            views = [*([self.base] if self.base else []), *views]
-        return [_origin(view, name) for view in views]
+            return [_origin(self.anchor, name)]
+        base = [_origin(self.base, name)] if self.base else []
+        return base + [self._source(s, name) for s in self.coefficients(name).names]
 
     def method(self, name: str) -> MergeMethod:
         """The merge method of one tensor."""
@@ -195,7 +193,7 @@ class Merge:
         if self._survey(part_of(self.recipe, self._places[name])) is not None:
             return None
         known = self.coefficients(name)
-        origins = (_origin(self.sources[source], name) for source in known.names)
+        origins = (self._source(source, name) for source in known.names)
         models = tuple((model.path, own) for model, own in origins)
         source = tuple(sorted(known.source.items()))
         recipe = tuple(sorted(known.recipe.items()))
@@ -273,12 +271,12 @@ class Merge:
     def _operands(self, coefficients: Coefficients) -> Operands:
         """What one tensor is merged from, its sources in the order of the coefficients."""
         name = coefficients.tensor
-        chosen = {source: self.sources[source] for source in coefficients.names}
-        for source, model in chosen.items():
-            if model.shape(name) != self.shape(name):
+        chosen = {s: (self.sources[s], self._stands_for(s, name)) for s in coefficients.names}
+        for source, (model, own) in chosen.items():
+            if model.shape(own) != self.shape(name):
                 raise ShapeMismatch(
                     f"{name}: {self.anchor.path} is {list(self.shape(name))}, source {source!r} is"
-                    f" {list(model.shape(name))}; all sources must share the base's"
+                    f" {list(model.shape(own))}; all sources must share the base's"
                     " architecture"
                 )
         method = self.method(name)
@@ -286,11 +284,18 @@ class Merge:
         base = self.base.tensor(name).reshape(-1) if self.base and wanted else None
         return Operands(
             base,
-            tuple(model.tensor(name).reshape(-1) for model in chosen.values()),
+            tuple(model.tensor(own).reshape(-1) for model, own in chosen.values()),
             self._store,
             self._key(self.recipe.base, self.base, name) if base is not None else "",
-            tuple(self._key(self._references[s], model, name) for s, model in chosen.items()),
+            tuple(self._key(self._references[s], *seen) for s, seen in chosen.items()),
         )
+
+    def _source(self, source: str, name: str) -> tuple[Weights, str]:
+        """The model and the tensor in it that a source is merged with."""
+        return _origin(self.sources[source], self._stands_for(source, name))
+
+    def _stands_for(self, source: str, name: str) -> str:
+        return self.method(name).stands_for(name, source, self.artifact)
 
     def _key(self, model: ModelRef | None, view: Weights | None, name: str) -> str:
         """What a tensor of a model is, whatever the recipe does with it."""

@@ -177,6 +177,11 @@ class MergeMethod(MethodFacts):
     Of a method that neither needs nor takes a base, blocks have none.
     """
 
+    def stands_for(self, tensor: str, source: str, fitted: Fitted | None) -> str:
+        """The source's tensor that is merged as `tensor`: another one of the same shape where the
+        method gives whole tensors other places."""
+        return tensor
+
     def survey(self, model: Callable[[], Iterable[tuple[Coefficients, Blocks]]]) -> Any:
         """What must be known of the whole model before any tensor is merged (None: nothing).
 

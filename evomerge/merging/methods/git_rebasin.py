@@ -13,7 +13,14 @@ from torch import Tensor
 
 from evomerge.errors import MergeError
 from evomerge.merging.kernels.program import Program
-from evomerge.merging.methods.base import Block, Blocks, Coefficients, MergeMethod, Parameter
+from evomerge.merging.methods.base import (
+    Block,
+    Blocks,
+    Coefficients,
+    Fitted,
+    MergeMethod,
+    Parameter,
+)
 from evomerge.merging.methods.linear import Linear
 from evomerge.merging.methods.matrices import gathered
 from evomerge.merging.methods.simpler import with_parameters
@@ -21,10 +28,15 @@ from evomerge.merging.methods.simpler import with_parameters
 _AVERAGE = Linear()
 
 
+MOVED_NAMES = "tensors"
+"""The fact of an artifact that says by source which tensor comes to the place of another."""
+
+
 def order_key(source: str, tensor: str, axis: int) -> str:
     """Where an artifact holds the order of one axis of a source's tensor; absent for one in place.
 
-    Position i of the result is position order[i] of the source. Int32 [size of the axis].
+    Position i of the result is position order[i] of the source's tensor that stands there. Int32
+    [size of the axis].
     """
     return f"{source}/{tensor}/{axis}"
 
@@ -34,9 +46,9 @@ class GitRebasin(MergeMethod):
 
         θ = Σᵢ wᵢ·πᵢ(θᵢ) / Σᵢ wᵢ
 
-    πᵢ permutes axes of the tensor. Computed as `linear` computes it of the permuted sources, bit
-    for bit. A tensor that no permutation moves is averaged as it is. Memory: the tensor of every
-    source, whole.
+    πᵢ permutes axes of the tensor, and whole tensors (experts) among each other. Computed as
+    `linear` computes it of the permuted sources, bit for bit. A tensor that no permutation moves is
+    averaged as it is. Memory: the tensor of every source, whole.
 
     Source: Ainsworth et al. 2023, arXiv:2209.04836. The authors interpolate two models; more are
     each aligned to the reference here, not to each other's mean.
@@ -50,6 +62,11 @@ class GitRebasin(MergeMethod):
     )
     needs_base = False
     artifact = "permutation"
+
+    def stands_for(self, tensor: str, source: str, fitted: Fitted | None) -> str:
+        """The tensor that the artifact's facts name for it."""
+        names = fitted.facts.get(MOVED_NAMES, {}) if fitted is not None else {}
+        return str(names.get(source, {}).get(tensor, tensor))
 
     def prepare(self, blocks: Blocks, coefficients: Coefficients, survey: Any) -> Tensor | None:
         """The average, flat in float32; None for a tensor that stays as it is."""

@@ -54,7 +54,8 @@ def activation_matching(
 
     Sums in float64; what several layers are given alike is counted once. Memory: a c × c table for
     each such place of c units. Padding is counted like anything else: batches should have none.
-    Groups that touch no linear layer or convolution of their own (fused experts) keep their order.
+    Groups that touch no linear layer or convolution of their own (fused experts) keep their order,
+    and so do neurons of experts that change places: each network shows an expert other data.
 
     Source: Ainsworth et al. 2023, arXiv:2209.04836, sec. 3.1 (inner products); Li et al. 2016,
     arXiv:1511.07543 (correlation). PLeaS' code sums the unsquared distances of each batch, which
@@ -70,8 +71,10 @@ class _Recorded:
     """Sums over batches for each site, but for those that share their activations with another."""
 
     def __init__(self, spec: Spec, modules: Modules) -> None:
-        binds = (bind for group in spec.groups for bind in group.binds)
-        every = {(b.param, b.axis): None for b in binds if isinstance(b, Bind)}
+        binds = [bind for group in spec.groups for bind in group.binds]
+        routed = {p for bind in binds if isinstance(bind, Stacked) for p in bind.params}
+        moved = (b for b in binds if isinstance(b, Bind) and b.param not in routed)
+        every = {(bind.param, bind.axis): None for bind in moved}
         self.sites: list[Site] = [s for s in every if _side(modules.get(s[0]), s[1]) is not None]
         if not self.sites:
             raise MergeError("no layer of this network has activations that its groups can be"

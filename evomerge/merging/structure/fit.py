@@ -5,6 +5,7 @@ Knows nothing of how permuted sources are merged.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,13 +17,22 @@ from evomerge.merging.fitted.artifact import Draft
 from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch
 from evomerge.merging.fitted.gram import even_batches
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.methods.git_rebasin import order_key
+from evomerge.merging.methods.git_rebasin import MOVED_NAMES, order_key
 from evomerge.merging.structure.activations import Live, activation_matching
 from evomerge.merging.structure.families import spec_of
 from evomerge.merging.structure.linear_layers import modules_of
 from evomerge.merging.structure.matching import Matching, weight_matching
-from evomerge.merging.structure.permutation import Spec, axis_orders, in_place
+from evomerge.merging.structure.permutation import (
+    Spec,
+    apply,
+    axis_orders,
+    compose,
+    whole_tensors,
+    without,
+)
 from evomerge.merging.structure.trial_network import prove
+
+Similarity = Literal["weights", "correlation", "inner", "distance"]
 
 
 class PermutationSettings(Settings):
@@ -30,20 +40,24 @@ class PermutationSettings(Settings):
     or the `correlation`, `inner` product or squared `distance` of what they compute on all
     calibration data. `batch_size` is the most examples in a forward pass."""
 
-    similarity: Literal["weights", "correlation", "inner", "distance"] = "weights"
+    similarity: Similarity = "weights"
     batch_size: int = Field(default=16, ge=1)
+
+
+_FACTS = ("moved", MOVED_NAMES)
 
 
 class PermutationFit(Fitter):
     """The permutation of every group of each source to the reference: the base, or the first
     source by name where there is none.
 
-    The specification is first proved on a tiny network of the reference's config.
-    Whole experts keep their place, since a merge sees one tensor at a time; the neurons inside each
-    are matched. Memory: the weights of two models, or two live models in float32 and a table of
-    c × c for each layer side of c units. Artifact: `order_key` int32 for each axis that moves, and
-    `source/group` int32 for each group; facts `moved`, the share of units that change places by
-    role. FLOPs are those of forward passes.
+    The specification is first proved on a tiny network of the reference's config. By activations,
+    what has no layer of its own (fused experts) is matched by its weights, given all else.
+    Memory: the weights of two models, or two live models in float32 and a table of c × c for each
+    layer side of c units. Artifact: `order_key` int32 for each axis that moves, and `source/group`
+    int32 for each group; facts `moved`, the share of units that change places by role, and
+    `tensors`, by source the tensors that come to the place of others (experts). FLOPs are those of
+    forward passes.
 
     Source: Ainsworth et al. 2023, arXiv:2209.04836; see `weight_matching`, `activation_matching`.
     """
@@ -56,15 +70,18 @@ class PermutationFit(Fitter):
         anchor = problem.anchor
         prove(anchor.config)
         shapes = {name: anchor.shape(name) for name in anchor.names}
-        spec = in_place(spec_of(anchor.config, shapes))
+        spec = spec_of(anchor.config, shapes)
         for done, (source, model) in enumerate(problem.sources.items(), 1):
             if source not in draft.kept:
                 matching, flops = _matched(spec, problem, model, settings)
                 tensors = _tensors(spec, shapes, source, matching)
-                draft.keep(source, tensors, {"moved": _moved(spec, matching)}, flops=flops)
+                notes = {"moved": _moved(spec, matching)}
+                notes[MOVED_NAMES] = whole_tensors(spec, matching.permutations)
+                draft.keep(source, tensors, notes, flops=flops)
             watch.progress(done, len(problem.sources))
-        moved = {source: draft.kept[source]["moved"] for source in problem.sources}
-        draft.finish({}, {"moved": moved}, flops=0.0)
+        kept = draft.kept
+        facts = {key: {s: kept[s].get(key, {}) for s in problem.sources} for key in _FACTS}
+        draft.finish({}, facts, flops=0.0)
 
 
 def _matched(
@@ -79,7 +96,18 @@ def _matched(
     examples = list(dict.fromkeys(examples))  # what is meant for all stands under every name
     batches = even_batches(examples, settings.batch_size)
     matching = activation_matching(spec, first, second, batches, statistic=settings.similarity)
-    return matching, a.flops + b.flops
+    permutations = _with_the_rest(spec, problem.anchor, model, matching)
+    return replace(matching, permutations=permutations), a.flops + b.flops
+
+
+def _with_the_rest(
+    spec: Spec, anchor: Model, model: Model, matching: Matching
+) -> dict[str, Tensor]:
+    """Permutations of all groups, those by weights that a matching compared nothing of."""
+    rest = without(spec, matching.similarity)
+    moved = apply(spec, _state(model), matching.permutations)
+    found = weight_matching(rest, _state(anchor), moved)
+    return compose(spec, matching.permutations, found.permutations)
 
 
 def _state(model: Model) -> dict[str, Tensor]:

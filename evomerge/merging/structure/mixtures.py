@@ -22,9 +22,9 @@ def experts(
 ) -> Iterator[Group]:
     """Experts with a row in each of the `routers`' tensors; nothing where there are none.
 
-    `prefix` and a number name an expert; `reads` are those of its weights [neurons, width], `writes`
-    the one [width, neurons]. Of a router that first chooses among `clusters` of neighbours, experts
-    change places inside their cluster.
+    `prefix` and a number name an expert; `reads` are those of its weights [neurons, width],
+    `writes` the one [width, neurons]. Of a router that first chooses among `clusters` of
+    neighbours, experts change places inside their cluster.
     """
     every = layers(shapes, prefix)
     size = len(every) // clusters

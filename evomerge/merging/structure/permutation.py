@@ -8,7 +8,7 @@ architecture (those are in `families`), no checkpoint and no way to find a good 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -266,7 +266,13 @@ def inverse(spec: Spec, permutations: Permutations) -> dict[str, Tensor]:
 def in_place(spec: Spec) -> Spec:
     """The specification without the groups that are made of whole tensors: every tensor keeps its
     name. What is inside such a group's units moves on its own."""
-    gone = {g.name for g in spec.groups if any(isinstance(b, Stacked) for b in g.binds)}
+    whole = {g.name for g in spec.groups if any(isinstance(b, Stacked) for b in g.binds)}
+    return without(spec, whole)
+
+
+def without(spec: Spec, gone: Container[str]) -> Spec:
+    """The specification without some groups, by name. What is inside their units moves on its
+    own."""
     kept = (group for group in spec.groups if group.name not in gone)
     return Spec(tuple(replace(g, parent=None, unit=0) if g.parent in gone else g for g in kept))
 
@@ -275,27 +281,44 @@ def axis_orders(
     spec: Spec, shapes: Mapping[str, tuple[int, ...]], permutations: Permutations
 ) -> dict[tuple[str, int], Tensor]:
     """What the permutations do to each axis of each tensor, int64 [size of the axis]: position i of
-    the result is position order[i]. Axes that keep their order are left out.
+    the result is position order[i], of the tensor that `whole_tensors` puts there. Axes that keep
+    their order are left out.
 
-    Raises MergeError for groups of whole tensors, and of slices: those are no order of an axis.
+    Raises MergeError for groups of slices: those are no order of an axis.
     """
     known = _known(spec, permutations)
     orders: dict[str, Tensor] = {}
     places: dict[str, tuple[str, int]] = {}
     for group in spec.groups:
         for bind in group.binds:
-            if isinstance(bind, Stacked) or bind.select is not None:
+            if isinstance(bind, Bind) and bind.select is not None:
                 raise MergeError(f"group {group.name} does not move whole axes of one tensor")
-            key = f"{bind.param}/{bind.axis}"
-            places[key] = bind.param, bind.axis
-            orders.setdefault(key, torch.arange(shapes[bind.param][bind.axis]))
-            if group.name in known:
-                Bind(key, 0, bind.index).permute_(orders, known[group.name])
+            stacked = isinstance(bind, Stacked)
+            for axis in range(len(shapes[bind.params[0]])) if stacked else (bind.axis,):
+                keys = tuple(f"{param}/{axis}" for param in bind.params)
+                places |= {key: (p, axis) for key, p in zip(keys, bind.params, strict=True)}
+                for key in keys:
+                    orders.setdefault(key, torch.arange(shapes[places[key][0]][axis]))
+                if group.name in known:
+                    moved = Stacked(keys) if stacked else Bind(keys[0], 0, bind.index)
+                    moved.permute_(orders, known[group.name])
     return {
         places[key]: order
         for key, order in orders.items()
         if not torch.equal(order, torch.arange(len(order)))
     }
+
+
+def whole_tensors(spec: Spec, permutations: Permutations) -> dict[str, str]:
+    """Which tensor comes to the place of each; those that stay are left out."""
+    known = _known(spec, permutations)
+    names: dict[str, str] = {}
+    for group in spec.groups:
+        for bind in group.binds:
+            if isinstance(bind, Stacked) and group.name in known:
+                moved = [bind.params[u] for u in known[group.name].tolist()]
+                names |= dict(zip(bind.params, moved, strict=True))
+    return {name: other for name, other in names.items() if name != other}
 
 
 def _known(spec: Spec, permutations: Permutations) -> dict[str, Tensor]:

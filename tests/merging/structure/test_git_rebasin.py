@@ -17,13 +17,7 @@ from evomerge.merging.fitted.base import fit
 from evomerge.merging.fitted.registry import get
 from evomerge.merging.merge import open_merge
 from evomerge.merging.structure.families import spec_of
-from evomerge.merging.structure.permutation import (
-    Stacked,
-    apply,
-    in_place,
-    inverse,
-    random_permutations,
-)
+from evomerge.merging.structure.permutation import apply, inverse, random_permutations
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "gpt2", "mixtral"])
@@ -32,7 +26,7 @@ def shuffled(request, tmp_path_factory):
     folders = small_families.folders(request.param, tmp_path_factory.mktemp("models"))
     base = Checkpoint.open(folders["base"])
     state = {name: base.tensor(name).clone() for name in base.names}
-    spec = in_place(spec_of(base.config, {n: tuple(t.shape) for n, t in state.items()}))
+    spec = spec_of(base.config, {n: tuple(t.shape) for n, t in state.items()})
     p = random_permutations(spec, torch.Generator().manual_seed(1))
     for name, tensors in (("a", state), ("b", apply(spec, state, p))):
         _overwrite(Path(folders[name]), tensors)
@@ -56,22 +50,34 @@ def fitted(problem, folder, **settings):
 def test_shuffled_copies_merge_into_the_model(shuffled, tmp_path, similarity):
     problem, spec, p, state = shuffled
     artifact = fitted(problem, tmp_path / "artifact", similarity=similarity)
-    fused = {g for g in p if "experts" in g and similarity != "weights"}  # no layer of their own
     for group, order in inverse(spec, p).items():
-        kept = torch.arange(len(order))
-        assert torch.equal(artifact.tensor(f"b/{group}").long(), kept if group in fused else order)
-        assert torch.equal(artifact.tensor(f"a/{group}").long(), kept)
+        assert torch.equal(artifact.tensor(f"b/{group}").long(), order)
+        assert torch.equal(artifact.tensor(f"a/{group}").long(), torch.arange(len(order)))
     merge = open_merge(small_families.recipe(problem, "git_rebasin", tmp_path / "artifact"))
     linear = replace(merge.recipe, method="linear", artifact=None)
     naive = open_merge(linear)
-    whole = {n: t for n, t in state.items() if not (fused and "experts" in n)}
-    assert all(torch.equal(merge.tensor(name), tensor) for name, tensor in whole.items())
-    assert not all(torch.equal(naive.tensor(name), tensor) for name, tensor in whole.items())
+    assert all(torch.equal(merge.tensor(name), tensor) for name, tensor in state.items())
+    assert not all(torch.equal(naive.tensor(name), tensor) for name, tensor in state.items())
 
 
-def test_without_groups_of_whole_tensors_the_inner_ones_are_on_their_own(shuffled):
-    spec = shuffled[1]
-    assert not any(isinstance(bind, Stacked) for group in spec.groups for bind in group.binds)
+def test_an_expert_is_read_where_its_like_lies(shuffled, tmp_path):
+    """What is read ahead, and what a tensor is known by, are of the tensor that stands there."""
+    problem, spec, p, _ = shuffled
+    experts = [group for group in spec.groups if group.role == "experts"]
+    if not experts:
+        return
+    artifact = fitted(problem, tmp_path / "artifact")
+    merge = open_merge(small_families.recipe(problem, "git_rebasin", tmp_path / "artifact"))
+    for group in experts:
+        stands = inverse(spec, p)[group.name].tolist()
+        for place, params in enumerate(zip(*(b.params for b in group.binds[1:]), strict=True)):
+            for bind, name in zip(group.binds[1:], params, strict=True):
+                own = bind.params[stands[place]]
+                _, first, second = merge.inputs(name)
+                assert (first[1], second[1]) == (name, own)
+                assert artifact.facts["tensors"]["b"].get(name, name) == own
+    assert artifact.facts["tensors"]["a"] == {}
+    assert len({merge.fingerprint(name) for name in group.binds[-1].params}) == group.size
 
 
 def test_weights_count_after_the_permutation(shuffled, tmp_path):

@@ -18,6 +18,7 @@ from evomerge.merging.structure.permutation import (
     in_place,
     inverse,
     random_permutations,
+    whole_tensors,
 )
 from evomerge.merging.structure.trial_network import TrialNetwork
 from evomerge.merging.structure.units import blocks
@@ -126,18 +127,26 @@ def test_groups_inside_only_one_unit_are_refused():
         Spec((inner, outer))
 
 
-def test_orders_of_axes_do_what_the_permutations_do(nested):
+@pytest.mark.parametrize("kept", [in_place, lambda spec: spec])
+def test_whole_tensors_and_orders_of_axes_do_what_the_permutations_do(nested, kept):
     spec, state = nested
-    spec = in_place(spec)
+    spec = kept(spec)
     p = drawn(spec, 4)
     wanted = apply(spec, state, p)
-    found = dict(state)
+    moved = whole_tensors(spec, p)
+    found = {name: state[moved.get(name, name)] for name in state}
     for (name, axis), order in axis_orders(spec, {n: t.shape for n, t in state.items()}, p).items():
         found[name] = found[name].index_select(axis, order)
     assert same(found, wanted)
 
 
-def test_whole_tensors_are_no_order_of_an_axis(nested):
-    spec, state = nested
+def test_without_groups_of_whole_tensors_no_tensor_leaves_its_place(nested):
+    spec = nested[0]
+    assert whole_tensors(spec, drawn(spec, 4))
+    assert not whole_tensors(in_place(spec), drawn(in_place(spec), 4))
+
+
+def test_a_slice_is_no_order_of_an_axis():
+    group = Group("neurons", "neurons", 3, (Bind("fused", 1, blocks(3), select=(0, 1)),))
     with pytest.raises(MergeError, match="does not move whole axes of one tensor"):
-        axis_orders(spec, {n: tuple(t.shape) for n, t in state.items()}, drawn(spec, 4))
+        axis_orders(Spec((group,)), {"fused": (2, 3)}, {})
