@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,45 @@ def test_a_recipe_becomes_a_model(call: Any, recipe: Any, tmp_path: Path) -> Non
     assert "experts kept in each layer: 2, 2" in said
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_local_experts == 4
     assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_a_switch_goes_on_with_the_text(call: Any, recipe: Any, tmp_path: Path) -> None:
+    """An encoder-decoder, with nothing but a text to watch it on."""
+    shutil.rmtree(tmp_path / "model")
+    small_experts.folder(small_experts.SWITCH, tmp_path / "model")
+    path = recipe({"keep": 2, "alignment": "dominant", "similarity": "gradients"})
+    code, said = call("merge", path, tmp_path / "out")
+    assert code == 0, said
+    assert "experts kept in each layer: 2, 2" in said
+    merged = small_experts.loaded(tmp_path / "out")
+    assert small_experts.logits(merged, small_experts.examples(1))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [
+        ({"keep": 2, "skip": [2]}, "no layer 2 among 2 with experts"),
+        ({"keep": 1, "form": "collapsed"}, "each token is sent to that many"),
+        ({"keep": 2, "similarity": "logits"}, "experts.similarity"),
+        ({"keep": 2, "router": "distilled", "router_steps": 0}, "experts.router_steps"),
+        ({"keep": 2, "router": "distilled", "compress": {}}, "leave it out with compress"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    call: Any, recipe: Any, tmp_path: Path, experts: dict[str, Any], words: str
+) -> None:
+    code, said = call("merge", recipe(experts), tmp_path / "out")
+    assert code == 2
+    assert words in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_tokens_are_refused(call: Any, recipe: Any, tmp_path: Path) -> None:
+    data = {"text": "book.txt", "tokens": 3, "count": 1}
+    code, said = call("merge", recipe({"keep": 2}, calibration=data), tmp_path / "out")
+    assert code == 2
+    assert "is given 3 tokens, too few to tell its 4 experts by" in said
 
 
 def test_a_small_one_too(call: Any, recipe: Any, tmp_path: Path) -> None:

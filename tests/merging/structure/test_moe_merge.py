@@ -375,6 +375,11 @@ def test_what_does_not_fit_is_refused_in_one_line(mixtral: Path, tmp_path: Path)
     ]:
         with pytest.raises(MergeError, match=words):
             _merge(mixtral, tmp_path / "out", **settings)
+    hungry = _changed(mixtral, tmp_path / "hungry", lambda weights, layers: None)
+    config = json.loads((hungry / "config.json").read_text()) | {"num_experts_per_tok": 6}
+    (hungry / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MergeError, match="sends each token to 6 experts, its layers have 4"):
+        _merge(hungry, tmp_path / "out", keep=2)
     broken = _changed(
         mixtral, tmp_path / "broken", lambda w, layers: w[layers[0].router[0]].fill_(torch.nan)
     )
