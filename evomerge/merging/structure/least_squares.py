@@ -107,6 +107,7 @@ class Refit:
     kept: tuple[str, ...]
 
 
+@torch.no_grad()
 def refit(
     a: Live,
     b: Live,
