@@ -141,8 +141,9 @@ def family(config: Mapping[str, Any]) -> Family:
         raise MergeError(
             f"there is no permutation specification for model_type {kind!r}; known are"
             f" {', '.join(sorted(FAMILIES))}. To add one, write a function that yields its groups"
-            " and enter it in evomerge.merging.structure.families.FAMILIES, or hand a Spec of your"
-            " own to evomerge.merging.structure.check.check"
+            " and enter it in evomerge.merging.structure.families.FAMILIES (docs/guides/"
+            "permutations.md shows one); of plain torch modules traced_spec in"
+            " evomerge.merging.structure.tracer finds one"
         )
     return FAMILIES[kind]
 
@@ -150,10 +151,17 @@ def family(config: Mapping[str, Any]) -> Family:
 def spec_of(config: Mapping[str, Any], shapes: Shapes) -> Spec:
     """The permutation groups of a network, by the stored names of its tensors.
 
-    Raises MergeError for an architecture without a specification, and for a tensor that the
-    family's specification does not account for: moving the units around it would break the network.
+    Raises MergeError for an architecture without a specification, where the config or a tensor
+    that it is made from is missing, and for a tensor that the family's specification does not
+    account for: moving the units around it would break the network.
     """
-    groups = list(family(config).groups(config, shapes))
+    try:
+        groups = list(family(config).groups(config, shapes))
+    except KeyError as error:
+        raise MergeError(
+            f"{error.args[0]}: neither the config nor the checkpoint has it, and the permutation"
+            f" specification of {config['model_type']!r} is made from it; complete config.json"
+        ) from error
     parents = {group.parent for group in groups}  # one key-value head still has query heads inside
     spec = Spec(tuple(g for g in groups if g.size > 1 or g.name in parents))
     spec.check_shapes(shapes)

@@ -75,7 +75,7 @@ class PermutationFit(Fitter):
             if source not in draft.kept:
                 matching, flops = _matched(spec, problem, model, settings)
                 tensors = _tensors(spec, shapes, source, matching)
-                notes = {"moved": _moved(spec, matching)}
+                notes: dict[str, Any] = {"moved": _moved(spec, matching)}
                 notes[MOVED_NAMES] = whole_tensors(spec, matching.permutations)
                 draft.keep(source, tensors, notes, flops=flops)
             watch.progress(done, len(problem.sources))

@@ -8,7 +8,7 @@ architecture (those are in `families`), no checkpoint and no way to find a good 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -287,26 +287,37 @@ def axis_orders(
     Raises MergeError for groups of slices: those are no order of an axis.
     """
     known = _known(spec, permutations)
+    places = {_key(n, axis): (n, axis) for n, shape in shapes.items() for axis in range(len(shape))}
     orders: dict[str, Tensor] = {}
-    places: dict[str, tuple[str, int]] = {}
     for group in spec.groups:
         for bind in group.binds:
             if isinstance(bind, Bind) and bind.select is not None:
                 raise MergeError(f"group {group.name} does not move whole axes of one tensor")
-            stacked = isinstance(bind, Stacked)
-            for axis in range(len(shapes[bind.params[0]])) if stacked else (bind.axis,):
-                keys = tuple(f"{param}/{axis}" for param in bind.params)
-                places |= {key: (p, axis) for key, p in zip(keys, bind.params, strict=True)}
-                for key in keys:
-                    orders.setdefault(key, torch.arange(shapes[places[key][0]][axis]))
+            for moving in _on_orders(bind, shapes):
+                for name, axis in (places[key] for key in moving.params):
+                    orders.setdefault(_key(name, axis), torch.arange(shapes[name][axis]))
                 if group.name in known:
-                    moved = Stacked(keys) if stacked else Bind(keys[0], 0, bind.index)
-                    moved.permute_(orders, known[group.name])
+                    moving.permute_(orders, known[group.name])
     return {
         places[key]: order
         for key, order in orders.items()
         if not torch.equal(order, torch.arange(len(order)))
     }
+
+
+def _key(name: str, axis: int) -> str:
+    return f"{name}/{axis}"
+
+
+def _on_orders(
+    bind: Bind | Stacked, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[Bind | Stacked]:
+    """What a bind does to the orders of axes, each a tensor under its key."""
+    if isinstance(bind, Bind):
+        yield Bind(_key(bind.param, bind.axis), 0, bind.index)
+        return
+    for axis in range(len(shapes[bind.params[0]])):
+        yield Stacked(tuple(_key(param, axis) for param in bind.params))
 
 
 def whole_tensors(spec: Spec, permutations: Permutations) -> dict[str, str]:

@@ -39,10 +39,11 @@ def bound(
     )
 
 
-def channels(name: str, places: Iterable[Place], shapes: Shapes) -> Group:
-    """A group of which every unit is one position of each of these axes."""
+def channels(name: str, places: Iterable[Place], shapes: Shapes, *, role: str = "") -> Group:
+    """A group of which every unit is one position of each of these axes; its role is its name
+    unless it is given."""
     width = _width(places := list(places), shapes)
-    return Group(name, name, width, bound(shapes, blocks(width), *places))
+    return Group(name, role or name, width, bound(shapes, blocks(width), *places))
 
 
 def fixed(name: str, places: Iterable[Place], shapes: Shapes) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 
 import numpy
@@ -117,6 +118,17 @@ def test_similarity_is_the_formula_however_the_data_is_cut(layers, statistic):
     cut = activation_matching(spec, plain(a), plain(b), data.split(3), statistic=statistic)
     assert same(cut.permutations, found.permutations)
     torch.testing.assert_close(cut.similarity["hidden"], found.similarity["hidden"])
+
+
+def test_no_sweep_loses_and_a_network_matches_itself_as_it_is():
+    network = TrialNetwork(CONFIGS["llama"])
+    spec = network.spec
+    a, b = (live(network, network.random_state(seed)) for seed in (1, 2))
+    found = activation_matching(spec, a, b, [None])
+    assert found.sweeps > 0
+    assert all(after > before for before, after in itertools.pairwise(found.objective))
+    itself = activation_matching(spec, a, live(network, network.random_state(1)), [None])
+    assert same(itself.permutations, identity(spec))
 
 
 def test_a_unit_that_never_changes_is_like_no_other(layers):

@@ -6,11 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from structure_configs import CONFIGS
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.check import check
+from evomerge.merging.structure.check import FLOAT32, check
 from evomerge.merging.structure.families import spec_of
-from evomerge.merging.structure.permutation import Bind, Group, Spec
+from evomerge.merging.structure.permutation import (
+    Bind,
+    Group,
+    Spec,
+    apply,
+    random_permutations,
+)
 from evomerge.merging.structure.trial_network import TrialNetwork, prove
 from evomerge.merging.structure.units import blocks
 
@@ -71,6 +78,49 @@ def test_a_bind_that_matters_is_not_inert(llama):
 def test_an_architecture_without_a_specification_is_refused_with_those_known():
     with pytest.raises(MergeError, match=r"model_type 'mamba'; known are bert, .*To add one"):
         spec_of({"model_type": "mamba"}, {})
+
+
+def test_a_config_without_what_the_groups_are_made_from_is_refused(llama):
+    network = llama[0]
+    config = {k: v for k, v in network.config.items() if k != "num_attention_heads"}
+    with pytest.raises(MergeError, match="num_attention_heads: neither the config nor the check"):
+        spec_of(config, network.shapes)
+
+
+def test_experts_cannot_leave_the_cluster_that_the_router_chooses_first():
+    network = TrialNetwork(CONFIGS["deepseek_v3, clusters"])
+    spec = spec_of(network.config | {"n_group": 1}, network.shapes)
+    experts = next(group for group in spec.groups if group.role == "experts")
+    with pytest.raises(MergeError, match="experts: permuting its 16 units changes the function"):
+        check(Spec((experts,)), network.random_state(), network.compute)
+
+
+def test_the_rotary_key_of_latent_attention_keeps_its_order():
+    network = TrialNetwork(CONFIGS["deepseek_v3"])
+    rotary = Bind(f"{ATTENTION}kv_a_proj_with_mqa.weight", 0, blocks(2, 1, 6))
+    heads = torch.stack([blocks(2, 1, 6 * head + 4)[:, 0] for head in range(4)], 1)
+    group = Group("rotary", "rotary", 2, (rotary, Bind(f"{ATTENTION}q_b_proj.weight", 0, heads)))
+    with pytest.raises(MergeError, match="group rotary: permuting its 2 units changes the funct"):
+        check(Spec((group,)), network.random_state(), network.compute)
+
+
+def test_heads_that_share_a_position_bias_cannot_part():
+    network = TrialNetwork(CONFIGS["t5"])
+    group = next(group for group in network.spec.groups if group.role == "heads")
+    assert len(group.binds) == 9  # four of each of two layers, and the bias
+    alone = replace(group, binds=tuple(b for b in group.binds if "block.1" not in b.param))
+    with pytest.raises(MergeError, match="heads: permuting its 4 units changes the function"):
+        check(Spec((alone,)), network.random_state(), network.compute)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "clip", "mixtral"])
+def test_permuting_preserves_the_function_in_float32(name):
+    network = TrialNetwork(CONFIGS[name], dtype=torch.float32)
+    state = network.random_state()
+    order = random_permutations(network.spec, torch.Generator().manual_seed(0))
+    wanted = network.compute(state).detach().clone()
+    found = network.compute(apply(network.spec, state, order))
+    assert (found - wanted).abs().max() <= FLOAT32 * wanted.abs().max()
 
 
 def test_a_tensor_nobody_accounts_for_is_refused(llama):

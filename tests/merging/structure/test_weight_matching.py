@@ -99,6 +99,18 @@ def test_relabelling_the_second_network_changes_only_the_permutations(apart):
     assert same(compose(spec, p, there.permutations), here.permutations)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "clip", "t5"])
+def test_fine_tunes_of_one_base_keep_their_order(name):
+    _, spec, base, _ = planted(name, 1)
+    tuned = [dict(base) for _ in range(2)]
+    for seed, state in enumerate(tuned):
+        noise = torch.Generator().manual_seed(seed)
+        for key, t in base.items():
+            shift = torch.randn(t.shape, generator=noise) * 0.2 * (t.std() if t.numel() > 1 else 1)
+            state[key] = t + shift
+    assert same(weight_matching(spec, *tuned).permutations, identity(spec))
+
+
 def test_a_noisy_planted_permutation_is_recovered():
     _, spec, a, p = planted("llama", 3)
     noise = torch.Generator().manual_seed(0)
