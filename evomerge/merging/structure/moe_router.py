@@ -18,7 +18,7 @@ from evomerge.merging.fitted.calibration import Example
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.structure.moe_grouping import Groups
 from evomerge.merging.structure.moe_layers import ExpertLayer
-from evomerge.merging.structure.moe_statistics import watch_routing
+from evomerge.merging.structure.moe_watch import watch_routing
 
 RIDGE = 1e-2
 """Of the least squares, as a share of the mean of the diagonal."""

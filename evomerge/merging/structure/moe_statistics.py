@@ -1,15 +1,13 @@
 """How a model routes calibration tokens to its experts, and what its experts make of them.
 
-Watches the live model's experts by hooks; what memory holds beside the model does not grow with the
-data. Knows nothing of grouping and merging.
+What memory holds beside the model does not grow with the data. Knows nothing of grouping and
+merging.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,14 +16,14 @@ from torch.nn import functional
 
 from evomerge.checkpoints.weights import Weights
 from evomerge.errors import MergeError
-from evomerge.merging.fitted.calibration import Example, batches
+from evomerge.merging.fitted.calibration import Example
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.structure.moe_alignment import activation_name, outputs_of
 from evomerge.merging.structure.moe_layers import ExpertLayer
+from evomerge.merging.structure.moe_watch import watch_routing
 
 UsageBase = Literal["count", "gate_mass"]
 _CHUNK = 1024  # tokens that all experts compute at a time
-
 
 ROWS = 4096
 """Inputs of a layer that are kept where neurons are to be compared by what they do."""
@@ -81,12 +79,6 @@ class LayerStatistics:
     def mean(self, sums: Tensor) -> Tensor:
         """Sums [E, d] over what was sent to each expert as means; 0 where nothing was."""
         return sums / self.counts.clamp(min=1)[:, None]
-
-
-Take = Callable[[int, Tensor, Tensor, Tensor, nn.Module], None]
-"""Is handed an expert layer's place, the inputs [n, d] of its real tokens, the experts [n, k] each
-is sent to (−1 for none: beyond an expert's capacity), their gate values [n, k], and the live module
-of its experts."""
 
 
 @torch.no_grad()
@@ -177,79 +169,6 @@ def _check(layer: ExpertLayer, seen: LayerStatistics) -> None:
             f"calibration: {layer.prefix} is given {seen.tokens} tokens, too few to tell its"
             f" {layer.experts} experts by; name more data or raise `count`"
         )
-
-
-def watch_routing(
-    network: Network,
-    layers: Sequence[ExpertLayer],
-    examples: Sequence[Example],
-    take: Take,
-    *,
-    batch_size: int,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> None:
-    """Run the examples and hand what is routed in every layer to `take`, batch by batch."""
-    real: dict[str, Tensor] = {}
-    with _watched(network, layers, take, real):
-        for number, part in enumerate(batches(examples, batch_size), 1):
-            for side, values in network.inputs(part.to(network.device)).items():
-                real[side] = values.reshape(-1).bool()
-            network.logits(part)
-            progress(min(number * batch_size, len(examples)), len(examples))
-
-
-@contextmanager
-def _watched(
-    network: Network, layers: Sequence[ExpertLayer], take: Take, real: dict[str, Tensor]
-) -> Iterator[None]:
-    handles = [
-        experts_module(network, layer).register_forward_pre_hook(
-            partial(_routed, at, layer, take, real), with_kwargs=True
-        )
-        for at, layer in enumerate(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _routed(
-    at: int,
-    layer: ExpertLayer,
-    take: Take,
-    real: dict[str, Tensor],
-    module: nn.Module,
-    args: Any,
-    kwargs: Any,
-) -> None:
-    """transformers' experts are called with (hidden states, top-k indices, top-k gate values);
-    those of Switch with indices as 0 and 1, [n, 1, E]."""
-    rows, chosen, gates = (*args, *kwargs.values())[:3]
-    rows = rows.reshape(-1, rows.shape[-1])
-    if one_hot(chosen, layer.experts):
-        chosen = torch.where(chosen.any(2), chosen.argmax(2), -1)
-    mask = "decoder_attention_mask" if layer.in_decoder else "attention_mask"
-    keep = real.get(mask, real["attention_mask"])
-    if chosen.is_floating_point() or len(chosen) != len(rows) or len(rows) != len(keep):
-        raise MergeError(
-            f"{type(module).__name__}: its routing cannot be watched; transformers calls these"
-            " experts in another way than those of Mixtral or Qwen"
-        )
-    take(at, rows[keep].float(), chosen[keep], gates[keep], module)
-
-
-def one_hot(chosen: Tensor, experts: int) -> bool:
-    """Whether experts are told by a 1 among `experts` numbers, as Switch's are."""
-    return chosen.ndim == 3 and chosen.shape[2] == experts
-
-
-def experts_module(network: Network, layer: ExpertLayer) -> nn.Module:
-    """The live module that holds a layer's experts."""
-    key = network.parts[layer.name(0, layer.roles[0])][0].key
-    module: nn.Module = network.model.get_submodule(f"{key.rpartition('.experts.')[0]}.experts")
-    return module
 
 
 def _add(

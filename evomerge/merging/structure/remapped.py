@@ -23,7 +23,7 @@ from evomerge.errors import CheckpointError
 from evomerge.merging.structure.compressed_experts import hollow, install, shapes_of
 from evomerge.merging.structure.compressed_model import COMPRESSED_FILE, COMPRESSED_LAYERS
 from evomerge.merging.structure.moe_plan import REMAPPED
-from evomerge.merging.structure.moe_statistics import one_hot
+from evomerge.merging.structure.moe_watch import one_hot
 
 
 def load_remapped(
