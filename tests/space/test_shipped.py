@@ -19,6 +19,7 @@ NAMES = [
     "learned_soup",
     "m_smoe",
     "mats",
+    "pleas",
     "regmean",
     "sens_merging",
     "slerp_depth",

@@ -187,6 +187,12 @@ class Draft:
         for old in self._files(_STATE):
             self._aside.drop(old)
 
+    def part(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a part that is kept."""
+        notes = self._aside.finished
+        (file,) = (name for name in self._files(_PART) if notes[name]["part"] == part)
+        return load_file(self._aside.folder / file)
+
     def save(
         self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], *, flops: float
     ) -> None:

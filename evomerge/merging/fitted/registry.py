@@ -15,6 +15,7 @@ from evomerge.merging.fitted.greedy_soup import GreedySoupFit
 from evomerge.merging.fitted.learned_soup import LearnedSoupFit
 from evomerge.merging.fitted.sensitivity import SensitivityFit
 from evomerge.merging.structure.fit import PermutationFit
+from evomerge.merging.structure.pleas_fit import PleasFit
 from evomerge.merging.structure.routing_fit import RoutingFit
 from evomerge.spec import nearest
 
@@ -28,6 +29,7 @@ _ALL: tuple[Fitter, ...] = (
     DamFit(),
     PermutationFit(),
     RoutingFit(),
+    PleasFit(),
 )
 FITTERS: Mapping[str, Fitter] = MappingProxyType({fitter.name: fitter for fitter in _ALL})
 

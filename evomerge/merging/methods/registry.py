@@ -39,6 +39,7 @@ from evomerge.merging.methods.nearswap import NearSwap
 from evomerge.merging.methods.nuslerp import NuSlerp
 from evomerge.merging.methods.passthrough import Passthrough
 from evomerge.merging.methods.pcb import Pcb
+from evomerge.merging.methods.pleas import Pleas
 from evomerge.merging.methods.ram import Ram
 from evomerge.merging.methods.regmean import RegMean
 from evomerge.merging.methods.sce import Sce
@@ -98,7 +99,9 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
     }
 )
 
-STRUCTURAL: Mapping[str, StructuralMethod] = MappingProxyType({"m_smoe": MSmoe()})
+STRUCTURAL: Mapping[str, StructuralMethod] = MappingProxyType(
+    {method.name: method for method in (Pleas(), MSmoe())}
+)
 """The methods whose result is no function of one tensor at a time."""
 
 ALL: Mapping[str, MethodFacts] = MappingProxyType({**METHODS, **STRUCTURAL})

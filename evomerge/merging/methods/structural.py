@@ -7,15 +7,25 @@ files, of live models and of studies.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 from evomerge.checkpoints.weights import Model, Weights
+from evomerge.errors import MergeError
 from evomerge.merging.methods.base import Coefficients, Fitted, MethodFacts
 from evomerge.merging.recipe import Recipe
 
 Resolve = Callable[[str], Coefficients]
 """A recipe's parameters where a stored tensor of the donor lies."""
+
+
+def throughout(name: str, seen: Sequence[Coefficients]) -> Any:
+    """A parameter that has one value for the whole model: of recipe scope that, of source scope one
+    for each source. Raises MergeError where it differs between places."""
+    found = {at.recipe[name] if name in at.recipe else at.source[name] for at in seen}
+    if len(found) > 1:
+        raise MergeError(f"{name}: differs between layers; it has one value for the whole model")
+    return found.pop()
 
 
 class Built(Weights, Protocol):

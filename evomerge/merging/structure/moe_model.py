@@ -17,7 +17,7 @@ from torch import Tensor
 from evomerge.checkpoints.weights import Model
 from evomerge.errors import MergeError
 from evomerge.merging.methods.base import Coefficients, Fitted
-from evomerge.merging.methods.structural import Resolve
+from evomerge.merging.methods.structural import Resolve, throughout
 from evomerge.merging.structure.moe_grouping import adaptive_counts
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
 from evomerge.merging.structure.moe_merge import MergedExperts
@@ -119,13 +119,13 @@ def expert_counts(
     Without `shares` the published rule, `adaptive_counts` (which may keep fewer); with them
     `shared_out`: as many in all as `keep` times the layers, rounded.
     """
-    keep, most = float(_one("keep", here)), layers[0].experts
+    keep, most = float(throughout("keep", here)), layers[0].experts
     if not 1 <= keep <= most:
         raise MergeError(f"keep: {keep:g} experts of each layer; there are 1 to {most}")
-    if _one("allocation", here) == "adaptive":
+    if throughout("allocation", here) == "adaptive":
         if keep != round(keep):
             raise MergeError(f"keep: {keep:g}; the adaptive rule takes a whole number")
-        usage = torch.stack([found.usage(_one("usage", here)) for found in seen])
+        usage = torch.stack([found.usage(throughout("usage", here)) for found in seen])
         return adaptive_counts(usage, round(keep))
     shares = [at.number("share") for at in here]
     return shared_out(round(keep * len(layers)), shares, most)
@@ -147,14 +147,6 @@ def shared_out(total: int, shares: Sequence[float], most: int) -> tuple[int, ...
 
 def _settings(here: Sequence[Coefficients], counts: tuple[int, ...]) -> ExpertSettings:
     given: dict[str, Any] = {
-        name: _one(name, here) for name in ("similarity", "usage", "exponent", "alignment")
+        name: throughout(name, here) for name in ("similarity", "usage", "exponent", "alignment")
     }
-    return ExpertSettings(keep=counts, method=_METHODS[_one("groups", here)], **given)
-
-
-def _one(name: str, here: Sequence[Coefficients]) -> Any:
-    """A parameter that has one value for the whole model."""
-    found = {at.recipe[name] for at in here}
-    if len(found) > 1:
-        raise MergeError(f"{name}: differs between layers; it has one value for the whole model")
-    return found.pop()
+    return ExpertSettings(keep=counts, method=_METHODS[throughout("groups", here)], **given)
