@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,59 @@ from evomerge.merging.structure.moe_size import compressed_parameters, moe_param
 from evomerge.merging.structure.remapped import load_remapped
 
 _ZERO_SHOT = {"rank": 2, "density": 0.25}
-_TRAINED = {**_ZERO_SHOT, "steps": 25, "learning_rate": 0.01, "warmup": 2}
+_TRAINED = {
+    **_ZERO_SHOT,
+    "steps": 23,  # saved after 20
+    "learning_rate": 0.02,
+    "warmup": 2,
+    "dense_steps": 3,
+    "settled_steps": 5,
+}
+_SHARD_BYTES = 5000
+
+
+@dataclass
+class _Training:
+    """A training in the remapped form: its folder, the student, and what was seen after each step:
+    which rows of all matrices are not 0, before and after the mask."""
+
+    out: Path
+    student: Any
+    moved: list[Tensor]
+    kept: list[Tensor]
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_experts.folder("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="module")
+def training(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> _Training:
+    out = tmp_path_factory.mktemp("trained") / "out"
+    seen = _Training(out, None, [], [])
+    stepped = moe_compress._Student._stepped
+
+    def watched(student: Any, taken: int) -> None:
+        seen.student = student
+        seen.moved.append(_rows_in_use(student))
+        stepped(student, taken)
+        seen.kept.append(_rows_in_use(student))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe_compress._Student, "_stepped", watched)
+        problem = _problem(mixtral, _TRAINED, form="remapped")
+        merge_experts(problem, out, shard_bytes=_SHARD_BYTES)
+    return seen
+
+
+def _rows_in_use(student: Any) -> Tensor:
+    return torch.cat([s.ne(0).any(1) for s in student._s.values()])
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("model*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _problem(folder: Path, compress: dict[str, Any], **settings: Any) -> ExpertProblem:
@@ -126,14 +174,16 @@ def test_all_rows_or_full_rank_change_nothing(family: str, tmp_path: Path) -> No
         _close(_remapped(full), wanted)
 
 
-def test_forms_agree_and_the_collapsed_one_is_plain(mixtral: Path, tmp_path: Path) -> None:
+def test_forms_agree_and_the_collapsed_one_is_plain(
+    mixtral: Path, training: _Training, tmp_path: Path
+) -> None:
     big = _merge(mixtral, tmp_path / "big", _TRAINED)
-    small = _merge(mixtral, tmp_path / "small", _TRAINED, form="remapped")
-    _close(_remapped(small), _logits(big))
+    _close(_remapped(training.out), _logits(big))
+    matrices = _matrices(training.out)
     for layer in expert_layers(Checkpoint.open(str(mixtral))):
         for role in layer.roles:
-            written = load_file(big / "model.safetensors")[layer.name(0, role)]
-            assert torch.equal(_matrices(small)[layer.name(0, role)].dense(), written)
+            written = _weights(big)[layer.name(0, role)]
+            assert torch.equal(matrices[layer.name(0, role)].dense(), written)
     settings = {"form": "collapsed", "allocation": "uniform"}
     collapsed = _merge(mixtral, tmp_path / "collapsed", _ZERO_SHOT, **settings)
     assert all(bool(logits.isfinite().all()) for logits in _logits(collapsed))
@@ -217,101 +267,76 @@ def _live_values(
     return found
 
 
-def test_training_lowers_the_loss_and_leaves_routers_alone(mixtral: Path, tmp_path: Path) -> None:
-    out = _merge(mixtral, tmp_path / "out", _TRAINED, form="remapped")
-    losses = json.loads((out / COMPRESSION_FILE).read_text())["losses"]
-    assert len(losses) == 25
+def test_training_lowers_the_loss_and_leaves_routers_alone(
+    mixtral: Path, training: _Training, tmp_path: Path
+) -> None:
+    losses = json.loads((training.out / COMPRESSION_FILE).read_text())["losses"]
+    assert len(losses) == 23
     assert sum(losses[-5:]) < sum(losses[:5])
-    before, after = (load_file(place / "model.safetensors") for place in (mixtral, out))
+    before, after = _weights(mixtral), _weights(training.out)
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    routers = {
-        name for layer in expert_layers(Checkpoint.open(str(mixtral))) for name in layer.router
-    }
+    layers = expert_layers(Checkpoint.open(str(mixtral)))
+    routers = {name for layer in layers for name in layer.router}
     assert routers
-    assert not routers & changed
     assert changed == after.keys() - routers
-    alone = _merge(mixtral, tmp_path / "alone", {**_TRAINED, "train": "experts"}, form="remapped")
-    for name, tensor in load_file(alone / "model.safetensors").items():
+    compress = {**_ZERO_SHOT, "steps": 3, "train": "experts"}
+    alone = _merge(mixtral, tmp_path / "alone", compress, form="remapped")
+    for name, tensor in _weights(alone).items():
         assert torch.equal(tensor, before[name])
-    assert not torch.equal(
-        next(iter(_matrices(out).values())).u, next(iter(_matrices(alone).values())).u
-    )
 
 
-def test_rows_that_went_are_zero_after_every_step_and_may_come_back(
-    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the optimiser did, at most the schedule's share of entries is not 0."""
-    shares, kept, moved = [], [torch.ones(1, dtype=torch.bool)], []
-    inner = moe_compress._Student._stepped
-
-    def stepped(student: Any, taken: int) -> None:
-        parts = list(student._s.values())
-        moved.append(bool((torch.cat([s.ne(0).any(1) for s in parts]) & ~kept[-1]).any()))
-        inner(student, taken)
-        shares.append(sum(int(s.ne(0).any(1).sum()) * s.shape[1] for s in parts)
-                      / sum(s.numel() for s in parts))  # fmt: skip
-        kept.append(torch.cat([s.ne(0).any(1) for s in parts]))
-
-    monkeypatch.setattr(moe_compress._Student, "_stepped", stepped)
-    compress = {**_TRAINED, "dense_steps": 3, "settled_steps": 5, "learning_rate": 0.05}
-    out = _merge(mixtral, tmp_path / "out", compress, form="remapped")
-    wanted = [remaining(t, steps=25, dense=3, settled=5, density=0.25)
-              for t in range(1, 26)]  # fmt: skip
-    total = sum(m.shape[0] * m.shape[1] for m in _matrices(out).values())
-    row = max(m.shape[1] for m in _matrices(out).values())
-    for share, want in zip(shares, wanted, strict=True):
-        assert total * want - row - 1 < total * share < total * want + 1
-    assert shares[-1] == pytest.approx(json.loads((out / COMPRESSION_FILE).read_text())["density"])
-    assert moved[5:-1] == [True] * 19  # the optimiser moves rows that went, and the mask decides
+def test_rows_that_went_are_zero_after_every_step_and_may_come_back(training: _Training) -> None:
+    """Whatever the optimiser did, the schedule's share of entries is not 0, to a row."""
+    parts = list(training.student._s.values())
+    widths = torch.cat([torch.full((len(s),), s.shape[1]) for s in parts])
+    total = sum(s.numel() for s in parts)
+    for taken, kept in enumerate(training.kept, 1):
+        want = total * remaining(taken, steps=23, dense=3, settled=5, density=0.25)
+        assert want - int(widths.max()) - 1 < int(widths[kept].sum()) < want + 1
+    document = json.loads((training.out / COMPRESSION_FILE).read_text())
+    assert document["density"] == pytest.approx(int(widths[training.kept[-1]].sum()) / total)
+    for before, moved in zip(training.kept[4:], training.moved[5:], strict=False):
+        assert bool((moved & ~before).any())  # the optimiser moves rows that went
 
 
-@pytest.mark.parametrize("stop", ["distilling", "merging experts"])
 def test_a_compression_that_was_cut_off_goes_on(
-    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+    mixtral: Path, training: _Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Twice: while it trains, and while it writes what it has trained."""
     problem = _problem(mixtral, _TRAINED, form="remapped")
-    merge_experts(problem, tmp_path / "whole", shard_bytes=5000)
+    steps = []
 
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == stop and done > (22 if stop == "distilling" else total / 2):
-            raise KeyboardInterrupt
+    def attempt(stop: str = "", after: float = 1.0) -> None:
+        def told(what: str, done: int, total: int) -> None:
+            steps.append((what, done))
+            if what == stop and done > after * total:
+                raise KeyboardInterrupt
+
+        merge_experts(problem, tmp_path / "out", shard_bytes=_SHARD_BYTES, progress=told)
 
     with pytest.raises(KeyboardInterrupt):
-        merge_experts(problem, tmp_path / "out", shard_bytes=5000, progress=interrupt)
+        attempt("distilling", 0.94)
+    with pytest.raises(KeyboardInterrupt):
+        attempt("merging experts", 0.5)
     assert not (tmp_path / "out").exists()
-    if stop == "merging experts":
-        monkeypatch.setattr(moe_compress, "network_of", None)  # what is trained is there
-    steps = []
-    merge_experts(problem, tmp_path / "out", shard_bytes=5000,
-                  progress=lambda what, done, total: steps.append((what, done)))  # fmt: skip
-    assert [done for what, done in steps if what == "distilling"] == (
-        [21, 22, 23, 24, 25] if stop == "distilling" else []
-    )
-    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    trained = [done for what, done in steps if what == "distilling"]
+    assert trained == [*range(1, 23), 21, 22, 23]
+    monkeypatch.setattr(moe_compress, "network_of", None)  # what is trained is there
+    attempt()
+    files = sorted(path.name for path in training.out.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
     for name in files:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (training.out / name).read_bytes()
 
 
-def test_the_loaded_model_is_the_trained_one(
-    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loaded_model_is_the_trained_one(training: _Training) -> None:
     """Against the network it was trained in."""
-    students: list[Any] = []
-    inner = moe_compress._Student.train
-
-    def train(student: Any, *args: Any) -> list[float]:
-        students.append(student)
-        return inner(student, *args)
-
-    monkeypatch.setattr(moe_compress._Student, "train", train)
-    out = _merge(mixtral, tmp_path / "out", _TRAINED, form="remapped")
-    (student,) = students
+    student = training.student
     student._write()
     network: Network = student._network
-    _close(_remapped(out), small_experts.logits(network.model, small_experts.examples()))
-    stored = _matrices(out)
+    wanted = small_experts.logits(network.model, small_experts.examples())
+    _close(_remapped(training.out), wanted)
+    stored = _matrices(training.out)
     for name, u in student._u.items():
         assert torch.equal(stored[name].u, u)
         assert torch.equal(stored[name].v, student._v[name])
