@@ -104,11 +104,9 @@ class Operations:
         return {name: map_arg(given, self.values.get) for name, given in named.items()}
 
     def _pointwise(self, node: Node, shape: Shape) -> Dims:
-        dims = broadcast(self, list(_values([self.values[n] for n in node.all_input_nodes])), shape)
-        if (
-            self.operation in ("add", "sub")
-            and len(self._live.intersection(node.all_input_nodes)) > 1
-        ):
+        sources = node.all_input_nodes
+        dims = broadcast(self, list(_values([self.values[n] for n in sources])), shape)
+        if self.operation in ("add", "sub") and len(self._live.intersection(sources)) > 1:
             self.sums += [axis for axis in dims if axis is not None]
         return dims
 

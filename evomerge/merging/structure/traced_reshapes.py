@@ -68,8 +68,7 @@ class Reshapes:
 
     def _linked(self, axis: Axis, units: Places, sizes: list[int], chosen: int) -> Axis | None:
         new = self._axes.new(sizes[chosen])
-        if new is None:
-            raise AssertionError("a factor of 1 was chosen")
+        assert new is not None  # no factor is 1
         places = _coordinate(sizes, chosen)
         # where inside its unit an element lies, before and after
         inside = _others(units) * len(units) + _others(places)

@@ -476,3 +476,11 @@ def test_a_network_that_computes_something_else_every_time_is_not_proved():
         MergeError, match="Unknown: the permutation groups found by tracing are not"
     ):
         traced_spec(model, torch.randn(3, 5))
+
+
+def test_the_groups_of_transformers_bert_are_those_written_by_hand():
+    """But for those inside a head, which the tracer does not look for."""
+    network = TrialNetwork(CONFIGS["bert"])
+    outer = Spec(tuple(group for group in network.spec.groups if group.parent is None))
+    found = traced_spec(network.model, torch.randint(1, 40, (2, 6)))
+    assert layout(found) == layout(outer)
