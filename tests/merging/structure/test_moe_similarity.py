@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,3 +230,9 @@ def test_what_was_not_measured_is_refused_by_name(mixtral: Path) -> None:
         settings = ExpertSettings(keep=2, similarity=base)
         asks = settings.needs_outputs or settings.needs_inputs or settings.needs_gradients
         assert asks == (base in needs or base.startswith("neuron"))
+
+
+def test_the_guide_has_every_base_and_every_setting() -> None:
+    guide = (Path(__file__).parents[3] / "docs/guides/experts.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\w+)` \|", guide, re.MULTILINE)
+    assert {*BASES, *ExpertSettings.model_fields} <= set(told)
