@@ -133,7 +133,7 @@ def missing_biases(
         others = [each for each in _KNOWN.values() if _fits(each, base, recipe)]
         advice = " or ".join(f"architecture: {each.model_type}" for each in others)
         more = f" ({len(faults) - 1} more like it)" if len(faults) > 1 else ""
-        advice = f"take {advice}" if advice else "no mixture that is known here has"
+        advice = f"take {advice}" if advice else "no mixture that is known here fits"
         raise MergeError(f"{faults[0]}{more}; {advice}")
     return zero
 
@@ -193,10 +193,19 @@ def _without_place(
         elif base.shape(tensor) != there[tensor]:
             shapes = f"{list(base.shape(tensor))}, {name} would have {list(there[tensor])}"
             yield f"{tensor}: is {shapes}"
-    for roles in dense_roles(base).values():
-        for role, tensor in roles.items():
-            if role not in _MATRICES:
-                yield f"{tensor}: has no place in an expert of {name}"
+    found = dense_roles(base)
+    for layer in range(base.config["num_hidden_layers"]):
+        roles = found.get(layer, {})
+        yield from (
+            f"{tensor}: has no place in an expert of {name}"
+            for role, tensor in roles.items()
+            if role not in _MATRICES
+        )
+        yield from (
+            f"model.layers.{layer}.mlp.{role}: {base.path} has none"
+            for role in _MATRICES
+            if role not in roles
+        )
 
 
 def outside(base: Weights) -> Iterator[str]:
