@@ -28,6 +28,8 @@ PROMPTS, SEEN = 4, 40
 
 
 class Zoo:
+    """A zoo's folder: its tasks' items and how models do on them."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "base", padding_side="left")
