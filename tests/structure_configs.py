@@ -78,3 +78,41 @@ CONFIGS = {
         "layer_type": "bottleneck",
     },
 }  # fmt: skip
+
+FULL_SIZE = {
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584,
+        "num_hidden_layers": 28, "layer_types": ["full_attention"] * 28, "vocab_size": 152064,
+        "bos_token_id": 151643, "pad_token_id": 151643, "tie_word_embeddings": False,
+    },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 3072,
+        "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "vocab_size": 200064, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48,
+        },
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+        "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
+        "n_routed_experts": 256, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3, "kv_lora_rank": 512, "q_lora_rank": 1536,
+        "topk_method": "noaux_tc", "num_nextn_predict_layers": 1, "vocab_size": 129280,
+        "quantization_config": {"quant_method": "fp8"},
+    },
+    "clip": {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 512,
+        "text_config": {
+            "model_type": "clip_text_model", "hidden_size": 512, "num_attention_heads": 8,
+            "eos_token_id": 49407, "hidden_act": "quick_gelu",
+        },
+        "text_config_dict": {"hidden_size": 512, "num_attention_heads": 8},
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 768, "num_attention_heads": 12,
+            "patch_size": 32, "image_size": 224, "hidden_act": "quick_gelu",
+        },
+        "vision_config_dict": None,
+    },
+}  # fmt: skip
+"""Settings as published models have them, which must be cut to be tried."""

@@ -70,7 +70,7 @@ def _alike(every: list[str], shapes: Shapes) -> list[list[str]]:
     crossing = []
     for block in every:
         own = f"{block}layer.0.SelfAttention."
-        if f"{own}relative_attention_bias.weight" in shapes:
+        if not found or f"{own}relative_attention_bias.weight" in shapes:
             found.append([])
         found[-1].append(own)
         cross = f"{block}layer.1.EncDecAttention."

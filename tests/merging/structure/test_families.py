@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from structure_configs import CONFIGS
+from structure_configs import CONFIGS, FULL_SIZE
 from torch import nn
 
 from evomerge.merging.structure.check import check
@@ -23,19 +23,9 @@ def test_permuting_preserves_the_function_and_every_bind_is_needed(name):
     assert len(report.dropped) > 10
 
 
-def test_a_config_of_full_size_is_cut_to_be_tried():
-    full = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "layer_types": ["full_attention"] * 28,
-        "vocab_size": 152064,
-        "bos_token_id": 151643,
-        "pad_token_id": 151643,
-        "tie_word_embeddings": False,
-    }
-    assert prove(full).preserved <= 1e-6
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_config_of_full_size_is_cut_to_be_tried(name):
+    assert prove(FULL_SIZE[name]).preserved <= 1e-6
 
 
 class Bottleneck(nn.Module):
