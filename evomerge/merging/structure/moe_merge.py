@@ -6,6 +6,7 @@ Decides no group, runs no model and writes no file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,11 @@ class MergedExperts:
         config = dict(self._model.config)
         if self._settings.form == "collapsed":
             keys = expert_count_keys(config, self._layers[0].experts)
-            config |= dict.fromkeys(keys, len(self._plans[0].groups.members))
+            kept = len(self._plans[0].groups.members)
+            config |= dict.fromkeys(keys, kept)
+            if "expert_capacity" in config:  # fewer experts, each for more tokens
+                room = config["expert_capacity"] * self._layers[0].experts
+                config["expert_capacity"] = math.ceil(room / kept)
         elif self._settings.form == "remapped":
             config["remapped_model_type"] = config["model_type"]
             config["model_type"] = REMAPPED

@@ -153,7 +153,8 @@ class _Watch:
                     " take `alignment_by: weights` and another similarity"
                 )
             kept = RoutedInputs(rows[:0].cpu(), chosen[:0].cpu(), self._activation)
-        room = ROWS - len(kept.rows)
+        if (room := ROWS - len(kept.rows)) == 0:
+            return
         self.found[at].inputs = RoutedInputs(
             torch.cat([kept.rows, rows[:room].cpu()]),
             torch.cat([kept.chosen, chosen[:room].cpu()]),

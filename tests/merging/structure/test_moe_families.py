@@ -163,6 +163,12 @@ def test_a_switch_is_watched_encoder_first_and_to_its_capacity(switch: Path) -> 
     assert counts.sum() < sum(tokens)  # some were beyond the capacity
 
 
+def test_a_collapsed_switch_has_room_for_as_many_tokens(switch: Path, tmp_path: Path) -> None:
+    _merge(switch, tmp_path / "out", keep=3, form="collapsed")
+    config = Checkpoint.open(str(tmp_path / "out")).config
+    assert (config["num_experts"], config["expert_capacity"]) == (3, 6)  # of 4 with room for 4
+
+
 def test_an_encoder_decoder_is_given_prompt_and_answer(switch: Path) -> None:
     """Logits stand where a causal model's would that predict the answer's tokens."""
     examples = [Example((5, 6, 7, 8, 9), 3), Example((11, 12, 13, 14), 2)]
