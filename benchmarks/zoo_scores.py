@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kept import Kept
 from method_grids import Settings
 
 from evomerge.calibration import CalibrationSpec, load_calibration
@@ -37,22 +38,6 @@ EXAMPLES = 150
 """Of each task's search items, for every fit: some fifty of the smallest task are left to choose
 settings on."""
 CHOSEN_ON: tuple[Part, ...] = ("selection", "search")
-
-
-class Kept:
-    """JSON by key, a line each in a file: what was made before an interruption is kept."""
-
-    def __init__(self, path: Path) -> None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._values = {key: value for key, value in map(json.loads, lines)}
-        self._file = path.open("a")
-
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self._values:
-            self._values[key] = make()
-            self._file.write(json.dumps([key, self._values[key]]) + "\n")
-            self._file.flush()
-        return self._values[key]
 
 
 class ZooScores:
