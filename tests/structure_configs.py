@@ -97,7 +97,7 @@ FULL_SIZE = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
         "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
         "n_routed_experts": 256, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3, "kv_lora_rank": 512, "q_lora_rank": 1536,
+        "first_k_dense_replace": 3, "kv_lora_rank": 512, "q_lora_rank": 128,
         "topk_method": "noaux_tc", "num_nextn_predict_layers": 1, "vocab_size": 129280,
         "quantization_config": {"quant_method": "fp8"},
     },

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import small_families
+import small_llama
 import torch
 from safetensors.torch import load_file, save_file
+from structure_configs import CONFIGS
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.errors import MergeError
@@ -18,6 +20,7 @@ from evomerge.merging.fitted.registry import get
 from evomerge.merging.merge import open_merge
 from evomerge.merging.structure.families import spec_of
 from evomerge.merging.structure.permutation import apply, inverse, random_permutations
+from evomerge.merging.structure.trial_network import TrialNetwork
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "gpt2", "mixtral"])
@@ -58,6 +61,22 @@ def test_shuffled_copies_merge_into_the_model(shuffled, tmp_path, similarity):
     naive = open_merge(linear)
     assert all(torch.equal(merge.tensor(name), tensor) for name, tensor in state.items())
     assert not all(torch.equal(naive.tensor(name), tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["clip", "switch"])
+def test_what_is_no_decoder_is_merged_by_weights(name, tmp_path):
+    network = TrialNetwork(CONFIGS[name], dtype=torch.float32)
+    spec, state = network.spec, network.random_state()
+    p = random_permutations(spec, torch.Generator().manual_seed(3))
+    folders = {name: str(tmp_path / name) for name in ("base", "a", "b")}
+    for name, folder in folders.items():
+        network.write(apply(spec, state, p) if name == "b" else state)
+        network.model.save_pretrained(folder)
+        small_llama.tokenizer().save_pretrained(folder)
+    problem = small_families.opened(folders)
+    fitted(problem, tmp_path / "artifact")
+    merge = open_merge(small_families.recipe(problem, "git_rebasin", tmp_path / "artifact"))
+    assert all(torch.equal(merge.tensor(name), tensor) for name, tensor in state.items())
 
 
 def test_an_expert_is_read_where_its_like_lies(shuffled, tmp_path):
