@@ -21,8 +21,8 @@ from evomerge.service.wire import failure_of
 from evomerge.spec import StudySpec
 
 if TYPE_CHECKING:
-    from evomerge.merging.materialise import Materialiser
     from evomerge.scoring.resident import ResidentScorer
+    from evomerge.service.resident import Resident
     from evomerge.trial import Score
 
 
@@ -37,7 +37,7 @@ class Worker:
         self._places: dict[str, str] = {}
         self._dtype = self._device = ""
         self._devices: list[str] = []
-        self._resident: tuple[Materialiser, ResidentScorer] | None = None
+        self._resident: Resident | None = None
 
     def inspect(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         """Check a spec against its checkpoints and tasks. Raises UserError with every problem."""
@@ -89,10 +89,12 @@ class Worker:
         from evomerge.scoring.room import twice
 
         started = time.perf_counter()
-        materialiser, scorer = self._loaded()
+        located = recipe.located(self._places)
+        resident = self._loaded()
+        live = twice(lambda: resident.fitting(located), "the candidate's model", self._device)
+        materialiser, scorer = live
         loaded = time.perf_counter()
         self._beat()
-        located = recipe.located(self._places)
         twice(lambda: materialiser.write(located), "merging into the model", self._device)
         written = time.perf_counter()
         self._beat()
@@ -117,30 +119,14 @@ class Worker:
                     f"goes on with {scorer.fitting_batch_size}"
                 )
 
-    def _loaded(self) -> tuple[Materialiser, ResidentScorer]:
-        if self._resident is None:
-            self._resident = self._load()
-        return self._resident
-
-    def _load(self) -> tuple[Materialiser, ResidentScorer]:
-        from evomerge.checkpoints.adapted import open_models
-        from evomerge.merging.materialise import Materialiser, load_model
-        from evomerge.merging.prepared import Prepared, cache_folder
-        from evomerge.scoring.resident import ResidentScorer
-        from evomerge.scoring.room import twice
+    def _loaded(self) -> Resident:
+        from evomerge.service.resident import Resident
 
         if self._spec is None:
             raise RuntimeError("Worker.run before Worker.prepare")
-        spec = self._spec
-        models = open_models((spec.base, *spec.sources.values()))
-        model, tokenizer = twice(
-            lambda: load_model(models[spec.base], self._dtype, *self._devices),
-            spec.base,
-            self._device,
-        )
-        model.register_forward_hook(lambda *_: self._beat())
-        scorer = ResidentScorer(model, tokenizer, spec.objective, spec.evaluation)
-        return Materialiser(model, models, store=Prepared(cache_folder())), scorer
+        if self._resident is None:
+            self._resident = Resident(self._spec, self._dtype, self._devices, self._beat)
+        return self._resident
 
 
 def differences(fingerprint: Mapping[str, Any], device: str) -> list[str]:

@@ -14,6 +14,11 @@ from commands import done
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from evomerge.checkpoints.adapted import open_model
+from evomerge.merging.materialise import load_model
+from evomerge.scoring.resident import ResidentScorer
+from evomerge.spec import Evaluation, Objective
+
 pytestmark = pytest.mark.slow
 
 
@@ -102,3 +107,40 @@ def test_experts_kept_per_layer_are_searched_and_the_winner_is_exported(
     changed = {name for name in original if not torch.equal(made[name], original[name])}
     assert changed
     assert all(".experts." in name for name in changed)
+
+
+def test_what_stays_apart_is_searched_and_the_winner_is_wider(
+    tiny_zoo: Path, zoo: Path, tmp_path: Path
+) -> None:
+    """Candidates of other widths than the base, one after another and between baselines."""
+    sources = {
+        name: _model(tiny_zoo, "llama", tmp_path / name, seed=seed)
+        for name, seed in (("one", 1), ("two", 2))
+    }
+    _fit(tmp_path, zoo, "pleas", sources)
+    space = {
+        "method": "pleas",
+        "recipe": {
+            "budget": [{"low": 1.0, "high": 1.4, "init": 1.2}],
+            "allocation": "shares",
+            "share": [{"blocks": 2, "low": 0.1, "high": 10.0, "init": 1.0, "scale": "log"}],
+        },
+    }
+    table = _run(tmp_path, zoo, sources, space=space)
+    assert "| as published " in table
+    trials = _trials(tmp_path)
+    kinds = [trial["kind"] for trial in trials]
+    assert kinds == ["base", "source", "uniform", "published", *["search"] * 8]
+    assert all(trial["state"] == "COMPLETE" for trial in trials), trials
+    code, _, err = done(tmp_path, "best", "s", "--export", tmp_path / "winner")
+    assert code == 0, err
+    config = json.loads((tmp_path / "winner" / "config.json").read_text())
+    narrow = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["intermediate_size"] > narrow["intermediate_size"]
+    best = json.loads(done(tmp_path, "best", "s", "--json")[1])
+    (winner,) = (trial for trial in trials if trial["number"] == best["number"])
+    objective = Objective.model_validate({"include_path": str(zoo / "tasks"), "tasks": ["compare"]})
+    live, tokenizer = load_model(open_model(str(tmp_path / "winner")))
+    scorer = ResidentScorer(live, tokenizer, objective, Evaluation())
+    for part, scores in winner["scores"].items():
+        assert scorer.score(part).tasks["compare"].value == scores["compare"], part

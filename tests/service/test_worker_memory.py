@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,7 +49,8 @@ def worker(errors: list[Exception], fits: int = 16) -> Callable[[], Any]:
     made = Worker("gpu-7")
     spec = synthetic_spec(evaluation={"device": "cpu"}).model_dump(mode="json")
     made.prepare(spec, {}, "float32")
-    made._resident = (Materialiser(errors), Scorer(fits))  # type: ignore[assignment]
+    live = Materialiser(errors), Scorer(fits)
+    made._resident = SimpleNamespace(fitting=lambda recipe: live)  # type: ignore[assignment]
     return lambda: event_of(made.run("token", TRIAL.recipe, "search"))
 
 

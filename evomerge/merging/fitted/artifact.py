@@ -191,7 +191,8 @@ class Draft:
         """The tensors of a part that is kept."""
         notes = self._aside.finished
         (file,) = (name for name in self._files(_PART) if notes[name]["part"] == part)
-        return load_file(self._aside.folder / file)
+        found: dict[str, Tensor] = load_file(self._aside.folder / file)
+        return found
 
     def save(
         self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], *, flops: float
