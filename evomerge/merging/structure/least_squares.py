@@ -128,8 +128,9 @@ def refit(
     over the rows of all batches and places, convolutions unfolded. W₀ is the partial merge,
     `start`, and (w, v) its weights; entries of W that it does not allow stay 0. A bias is a further
     column of ones, that λ does not count. Units of b must lie in a's order. Of several solutions it
-    takes the nearest to W₀: a network merged with itself keeps its weights, and so do two networks
-    of which no units are merged.
+    takes the nearest to W₀: a network merged with itself keeps its weights, and so, in the parallel
+    form, do two networks of which no units are merged. The separate form asks units of one network
+    for 0 on rows of the other, a bias notwithstanding.
 
     Form `sequential` writes to `merged` layer by layer, and takes X from there. There, a batch norm
     right behind a layer is refit together with it, as one affine layer whose Y is what the norm
