@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import get_args
 
 from evomerge.checkpoints.weights import Model
 from evomerge.merging.methods.base import Fitted, Parameter
 from evomerge.merging.methods.structural import Built, Resolve, StructuralMethod
 from evomerge.merging.recipe import BASE, Recipe
+from evomerge.merging.structure.moe_settings import Similarity
 
-_SIMILARITY = (
-    "router_logits",
-    "outputs",
-    "router_weights",
-    "expert_weights",
-    "features",
-    "random",
+# Those of correlation need the inputs themselves, which no artifact holds.
+_SIMILARITY = tuple(
+    base for base in get_args(Similarity) if not base.startswith("neuron_correlation")
 )
 
 

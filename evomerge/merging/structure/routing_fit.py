@@ -17,20 +17,26 @@ from evomerge.merging.fitted.artifact import Draft
 from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.base import Fitted
+from evomerge.merging.structure.moe_gradients import add_gradients
 from evomerge.merging.structure.moe_layers import expert_layers
+from evomerge.merging.structure.moe_plan import Aligner
 from evomerge.merging.structure.moe_statistics import LayerStatistics, routing_statistics
 
 
 class RoutingSettings(Settings):
     """`batch_size` is the most examples in a forward pass. `outputs` has every expert compute every
-    token, as `similarity: outputs` needs it: E / k times the work."""
+    token, as `similarity: outputs` and `output_mse` need it: E / k times the work. `gradients` runs
+    backward passes for `gradients` and `weight_gradients`."""
 
     batch_size: int = Field(default=8, ge=1)
     outputs: bool = True
+    gradients: bool = False
 
 
 class RoutingFit(Fitter):
     """`LayerStatistics` of every layer of experts of one source, watched on its calibration data.
+
+    Gradients are compared with neurons in the order of the first expert.
 
     Memory: one live model in float32; the statistics do not grow with the data. Artifact: for each
     layer and statistic one tensor, float64; facts `layers`, the layers' names in order of depth,
@@ -49,15 +55,28 @@ class RoutingFit(Fitter):
             raise MergeError("a routing fit watches one model; the recipe has several sources")
         layers = expert_layers(model)
         network = Network(model, device=problem.device)
+        examples = problem.calibration.of(source)
         seen = routing_statistics(
             network,
             model,
             layers,
-            problem.calibration.of(source),
+            examples,
             batch_size=settings.batch_size,
             outputs=settings.outputs,
             progress=watch.progress,
         )
+        if settings.gradients:
+            aligner = Aligner(model, layers)
+            add_gradients(
+                network,
+                model,
+                layers,
+                seen,
+                examples,
+                order=lambda at, expert: aligner.order(at, expert, 0),
+                batch_size=settings.batch_size,
+                progress=watch.progress,
+            )
         tensors = {
             f"{layer.prefix}/{name}": tensor
             for layer, statistics in zip(layers, seen, strict=True)

@@ -21,6 +21,7 @@ from evomerge.merging.fitted.base import Problem, fit
 from evomerge.merging.fitted.calibration import Calibration
 from evomerge.merging.materialise import Materialiser, load_model
 from evomerge.merging.merge import Merge, open_merge
+from evomerge.merging.methods.m_smoe import MSmoe
 from evomerge.merging.recipe import Group, ModelRef, Recipe, Source
 from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
 from evomerge.merging.structure.moe_model import shared_out
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artifact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fits") / "routing"
-    fit(RoutingFit(), _problem(folder), RoutingSettings(), path)
+    fit(RoutingFit(), _problem(folder), RoutingSettings(gradients=True), path)
     return path
 
 
@@ -59,6 +60,15 @@ def _recipe(folder: Path, artifact: Path, **parameters: Any) -> Recipe:
 
 def _merge(recipe: Recipe) -> Merge:
     return Merge(recipe, open_models(model.path for model in recipe.models))
+
+
+@pytest.mark.parametrize("similarity", MSmoe().parameters[4].choices)
+def test_every_base_is_that_of_a_merge_of_experts(folder, artifact, similarity, tmp_path):
+    settings = ExpertSettings(keep=2, allocation="uniform", similarity=similarity)
+    problem = ExpertProblem(open_model(str(folder)), small_experts.examples(), settings)
+    wanted = merge_experts(problem, tmp_path / "experts")
+    plans = _plans(folder, artifact, keep=2.0, allocation="shares", similarity=similarity)
+    assert [plan.groups for plan in plans] == [plan.groups for plan in wanted]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +143,7 @@ def test_a_live_model_is_what_is_exported_whatever_was_written_before(folder, ar
 
 
 def test_a_fit_of_the_same_is_the_same(folder, artifact, tmp_path):
-    fit(RoutingFit(), _problem(folder), RoutingSettings(), tmp_path / "again")
+    fit(RoutingFit(), _problem(folder), RoutingSettings(gradients=True), tmp_path / "again")
     first, again = (Path(p) / "artifact.json" for p in (artifact, tmp_path / "again"))
     assert '"digest"' in first.read_text()
     digests = {json.loads(path.read_text())["digest"] for path in (first, again)}
