@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -16,7 +16,7 @@ from moe_forms import BATCH, DECODED, FULL, IMPLEMENTATIONS, KEEP, PROMPT, Form
 from moe_mixtral import Setup
 from moe_scores import Scored
 from moe_search import COUNTS, GROUPS, RULE, UNIFORM
-from results_page import chance, listed, table
+from results_page import listed, table
 from scipy import stats
 
 import evomerge
@@ -71,8 +71,7 @@ def page(
 ) -> str:
     """The whole page."""
     lines = [*introduction(setup, found), "", *routing(found), ""]
-    for keep in found[0].variants:
-        lines += [f"## {keep} of 8 experts", "", *variants(found, keep), ""]
+    lines += [*variants_text(), "", *variants(found), ""]
     lines += [*search_text(moves), "", *searches(found), ""]
     lines += [*forms_text(), ""]
     for model, known in weighed.items():
@@ -101,7 +100,7 @@ of training). Sequences of {setup.length} tokens in disjoint parts: {setup.calib
 calibration, {setup.selection} for the search to choose on, {setup.report} for the losses shown. The
 full models' loss is {error(losses)} (mean and standard error over seeds). Differences are paired by
 seed, with the 95% interval of Student's t over seeds; p is of the same test, after Holm's
-correction over the rows of a table. With {len(found)} seeds a small difference cannot be told. One
+correction over the rows of a column. With {len(found)} seeds a small difference cannot be told. One
 toy model on artificial data: take signs as hints, and sizes not at all.
 """.splitlines()
 
@@ -125,42 +124,74 @@ def spread(usage: Sequence[float]) -> str:
     return f"{most:.3f}, {least:.3f} ({most / least:.1f}x)" if least else f"{most:.3f}, 0"
 
 
-def variants(found: Sequence[Measured], keep: int) -> Iterator[str]:
-    """A row for each, the best first, and what the rows say."""
-    losses = {
+def variants_text() -> list[str]:
+    return """\
+## Ways to merge
+
+Loss of M-SMoE as published, and what each way adds to it (below 0 is better) with as many experts
+left in the model, 24 before: align to expert 0, group by router logits around the experts that are
+busiest over all layers, average by usage, redirect the router. A star marks p < 0.05. Rows with
+another name than *collapsed* are exact in the remapped form.
+""".splitlines()
+
+
+def variants(found: Sequence[Measured]) -> Iterator[str]:
+    """A row for each, the best on average first, and what the rows say."""
+    keeps = list(found[0].variants)
+    losses = {keep: report_losses(found, keep) for keep in keeps}
+    against = {keep: comparisons(losses[keep]) for keep in keeps}
+    ranked = sorted(
+        losses[keeps[0]],
+        key=lambda name: statistics.fmean(x for keep in keeps for x in losses[keep][name]),
+    )
+    yield from table(
+        ["experts left", *(str(keep * len(found[0].usage)) for keep in keeps)],
+        "---:",
+        [[name, *(cell(losses[keep], against[keep], name) for keep in keeps)] for name in ranked],
+    )
+    yield ""
+    for keep in keeps:
+        yield from said(keep, [name for name in ranked if name != PUBLISHED], against[keep])
+    if fewer := [name for name in ranked if any(short(found, keep, name) for keep in keeps)]:
+        yield f"- On some seeds fewer experts are left than that: {listed(fewer)}."
+
+
+def report_losses(found: Sequence[Measured], keep: int) -> dict[str, list[float]]:
+    return {
         name: [one.variants[keep][name].losses["report"] for one in found]
         for name in found[0].variants[keep]
     }
-    others = [name for name in losses if name != PUBLISHED]
-    against = {name: paired(losses[name], losses[PUBLISHED]) for name in others}
-    p_values = dict(zip(others, holm([one.p for one in against.values()]), strict=True))
-    ranked = sorted(losses, key=lambda name: statistics.fmean(losses[name]))
-    yield from table(
-        ["", "experts", "loss ± s.e.", "to published M-SMoE", "p (Holm)"],
-        "---:",
-        [
-            [
-                name,
-                experts([one.variants[keep][name] for one in found]),
-                error(losses[name]),
-                str(against.get(name, "")),
-                chance(p_values[name]) if name in p_values else "",
-            ]
-            for name in ranked
-        ],
-    )
-    told = [name for name in ranked if p_values.get(name, 1.0) < ALPHA]
+
+
+def comparisons(losses: Mapping[str, Sequence[float]]) -> dict[str, Paired]:
+    """Every way against the published one, p after Holm's correction."""
+    found = {
+        name: paired(values, losses[PUBLISHED])
+        for name, values in losses.items()
+        if name != PUBLISHED
+    }
+    adjusted = holm([one.p for one in found.values()])
+    return {name: replace(one, p=p) for (name, one), p in zip(found.items(), adjusted, strict=True)}
+
+
+def cell(losses: Mapping[str, Sequence[float]], against: Mapping[str, Paired], name: str) -> str:
+    if name not in against:
+        return f"loss {error(losses[name])}"
+    return f"{against[name]}{' *' * (against[name].p < ALPHA)}"
+
+
+def said(keep: int, names: Sequence[str], against: Mapping[str, Paired]) -> Iterator[str]:
+    told = [name for name in names if against[name].p < ALPHA]
     better = [name for name in told if against[name].mean < 0]
-    yield ""
-    yield f"- Better than M-SMoE as published, beyond chance: {listed(better)}."
-    yield f"- Worse: {listed([name for name in told if name not in better])}."
-    untold = [name for name in ranked if name in p_values and name not in told]
-    yield f"- No difference shown, whatever the sign of their means: {listed(untold)}."
+    worse = [name for name in told if name not in better]
+    yield (
+        f"- {keep} of 8: better than M-SMoE as published, beyond chance: {listed(better)}. Worse:"
+        f" {listed(worse)}. For the other {len(names) - len(told)} no difference is shown."
+    )
 
 
-def experts(scored: Sequence[Scored]) -> str:
-    """Of all layers together, the mean over seeds."""
-    return f"{statistics.fmean(sum(one.experts) for one in scored):g}"
+def short(found: Sequence[Measured], keep: int, name: str) -> bool:
+    return any(sum(one.variants[keep][name].experts) < keep * len(one.usage) for one in found)
 
 
 def error(values: Sequence[float]) -> str:
