@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import get_linear_schedule_with_warmup
 
 from evomerge.merging.fitted.calibration import Example, batch
-from evomerge.merging.structure.moe_distillation import distillation_loss, divergence
+from evomerge.merging.structure.moe_distillation import distillation_loss, divergence, learning_rate
 
 
 def _softmax(z: np.ndarray) -> np.ndarray:
@@ -42,3 +43,13 @@ def test_the_gradient_is_that_of_torch() -> None:
     )
     (wanted,) = torch.autograd.grad(plain / 2, z)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_the_learning_rate_is_transformers_linear_schedule() -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    schedule = get_linear_schedule_with_warmup(optimiser, 4, 20)
+    for step in range(20):
+        found = learning_rate(step, peak=0.5, warmup=4, steps=20)
+        assert found == pytest.approx(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
