@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from evomerge.checkpoints.aligned_rows import AlignedRows
+from evomerge.checkpoints.seen import Seen
 from evomerge.checkpoints.vocabulary import Vocabulary
 from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
 from evomerge.checkpoints.weights import Model, Weights
 
 
-class Aligned:
+class Aligned(Seen):
     """The model called `name` among `models`, in `vocabulary`.
 
     `tensor` gives an aligned matrix in float32: rows are copied or, for tokens that several other
@@ -27,41 +25,11 @@ class Aligned:
     """
 
     def __init__(self, name: str, vocabulary: Vocabulary, models: Mapping[str, Model]) -> None:
+        super().__init__(models[name])
         self._name = name
         self._vocabulary = vocabulary
         self._models = models
-        self._model = models[name]
         self._last: tuple[str, Tensor] | None = None
-
-    @property
-    def path(self) -> str:
-        return self._model.path
-
-    @property
-    def folder(self) -> Path:
-        return self._model.folder
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._model.config
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._model.names
-
-    @property
-    def tied_names(self) -> Mapping[str, str]:
-        return self._model.tied_names
-
-    @property
-    def non_float_names(self) -> tuple[str, ...]:
-        return self._model.non_float_names
-
-    def companion(self, name: str) -> Path:
-        return self._model.companion(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._model
 
     def origin(self, name: str) -> tuple[Weights, str]:
         """The model, and its own name of the tensor."""
@@ -81,9 +49,6 @@ class Aligned:
         own = self._model.shape(name)
         return (self._vocabulary.rows, *own[1:]) if name in self._aligned else own
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._model.dtype(name)
-
     @cached_property
     def _aligned(self) -> frozenset[str]:
-        return frozenset(vocabulary_tensors(self._model))
+        return frozenset(vocabulary_tensors(self._models[self._name]))

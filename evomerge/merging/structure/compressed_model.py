@@ -11,9 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from evomerge.checkpoints.seen import Seen
 from evomerge.checkpoints.writer import Entry, in_order, write_file
 from evomerge.merging.aside import Aside
 from evomerge.merging.structure.moe_compress import CompressedExperts, matrix_names
@@ -33,7 +33,7 @@ COMPRESSED_LAYERS = "compressed_layers"
 """In a config: which layers of experts, counted among themselves, are in `COMPRESSED_FILE`."""
 
 
-class CompressedModel:
+class CompressedModel(Seen):
     """What is written in the place of `merged`. Values are rounded once to the stored dtype."""
 
     def __init__(
@@ -44,28 +44,26 @@ class CompressedModel:
         plans: Sequence[LayerPlan],
         settings: ExpertSettings,
     ) -> None:
-        self._merged, self._found = merged, found
+        super().__init__(merged)
+        self._found = found
         self._in_file = settings.form == "remapped"
         self._layers = [at for at in range(len(layers)) if at not in settings.skip]
         self._matrices = matrix_names(layers, plans, settings.skip)
         if settings.form != "replicated":
             self._matrices = {name: name for name in found.matrices}
         gone = self._matrices.keys() if self._in_file else set()
-        self.names = tuple(name for name in merged.names if name not in gone)
+        self._names = tuple(name for name in merged.names if name not in gone)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are not in the file of compressed matrices, sorted."""
+        return self._names
 
     @property
     def config(self) -> dict[str, Any]:
         """The config of the model."""
         apart = {COMPRESSED_LAYERS: self._layers} if self._in_file else {}
-        return {**self._merged.config, **apart}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._merged.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self._merged.dtype(name)
+        return {**self._model.config, **apart}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that is not in the file of compressed matrices; read only."""
@@ -73,7 +71,7 @@ class CompressedModel:
             return self._found.matrices[matrix].dense().to(self.dtype(name))
         if (trained := self._found.trained.get(name)) is not None:
             return trained.to(self.dtype(name))
-        return self._merged.tensor(name)
+        return self._model.tensor(name)
 
     def write_compressed(self, aside: Aside) -> None:
         """The file of compressed matrices, if this form has it, and the file about them."""

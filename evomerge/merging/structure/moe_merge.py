@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.seen import Seen
 from evomerge.checkpoints.weights import Weights
 from evomerge.merging.structure.moe_alignment import permuted
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_count_keys
@@ -21,7 +21,7 @@ from evomerge.merging.structure.moe_plan import REMAPPED, Aligner, LayerPlan, re
 from evomerge.merging.structure.moe_settings import ExpertSettings
 
 
-class MergedExperts:
+class MergedExperts(Seen):
     """The merged model, tensor by tensor, under the names it is stored by.
 
         E_group = Σ over the group of wᵢ·Pᵢ(Eᵢ),   P the alignment of neurons
@@ -46,7 +46,8 @@ class MergedExperts:
         routers: Sequence[Tensor] = (),
         aligner: Aligner | None = None,
     ) -> None:
-        self._model, self._layers, self._plans = model, layers, plans
+        super().__init__(model)
+        self._layers, self._plans = layers, plans
         self._settings = settings
         self._aligner = aligner or Aligner(model, layers)
         self._of_expert: dict[str, tuple[int, int, str]] = {}  # layer, group, role
@@ -60,8 +61,12 @@ class MergedExperts:
                 self._rows[layer.router[0]] = routers[at]
             if settings.form == "collapsed":
                 self._collapse(at, layer)
-        self.names = tuple(name for name in model.names if name not in dropped)
-        self.path, self.folder = model.path, model.folder
+        self._names = tuple(name for name in model.names if name not in dropped)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the merged model, sorted."""
+        return self._names
 
     @property
     def config(self) -> dict[str, Any]:
@@ -80,31 +85,10 @@ class MergedExperts:
             config["expert_map"] = [list(plan.groups.slots) for plan in self._plans]
         return config
 
-    @property
-    def tied_names(self) -> Mapping[str, str]:
-        """The model's own: no expert and no router is tied."""
-        return self._model.tied_names
-
-    @property
-    def non_float_names(self) -> tuple[str, ...]:
-        """The model's own: experts are floats."""
-        return self._model.non_float_names
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def companion(self, name: str) -> Path:
-        """Where the small file of that name lies, if there is one."""
-        return self._model.companion(name)
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         row = self._rows.get(name)
         return tuple(row.shape) if row is not None else self._model.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self._model.dtype(name)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the merged model; read only. Raises MissingTensor."""

@@ -6,14 +6,14 @@ model and reads no data.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.seen import Seen
 from evomerge.checkpoints.weights import Model
 from evomerge.errors import MergeError
 from evomerge.merging.methods.base import Coefficients, Fitted
@@ -36,7 +36,7 @@ _METHODS: dict[str, Literal["m_smoe", "hc_smoe", "prune"]] = {
 }
 
 
-class ExpertModel:
+class ExpertModel(Seen):
     """The replicated form of a merge of experts: names, shapes and config are the model's own.
 
     Raises MergeError where the model has other layers of experts than the fit has watched, or the
@@ -44,6 +44,7 @@ class ExpertModel:
     """
 
     def __init__(self, model: Model, fitted: Fitted, resolve: Resolve) -> None:
+        super().__init__(model)
         layers = expert_layers(model)
         seen = read_statistics(fitted)
         if [layer.prefix for layer in layers] != list(fitted.facts["layers"]):
@@ -54,7 +55,7 @@ class ExpertModel:
         self.plans: list[LayerPlan] = plan_experts(
             model, layers, seen, settings, seed=here[0].seed, aligner=aligner
         )
-        self._model, self._aligned_to = model, settings.aligned_to
+        self._aligned_to = settings.aligned_to
         self._merged = MergedExperts(model, layers, self.plans, settings, aligner=aligner)
         self._at = {
             layer.name(expert, role): at
@@ -62,42 +63,6 @@ class ExpertModel:
             for expert in range(layer.experts)
             for role in layer.roles
         }
-
-    @property
-    def path(self) -> str:
-        return self._model.path
-
-    @property
-    def folder(self) -> Path:
-        return self._model.folder
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._model.config
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._model.names
-
-    @property
-    def tied_names(self) -> Mapping[str, str]:
-        return self._model.tied_names
-
-    @property
-    def non_float_names(self) -> tuple[str, ...]:
-        return self._model.non_float_names
-
-    def companion(self, name: str) -> Path:
-        return self._model.companion(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._model
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._model.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._model.dtype(name)
 
     def tensor(self, name: str) -> Tensor:
         """Read only. Raises MissingTensor."""
