@@ -17,7 +17,7 @@ from evomerge.merging.methods.structural import Built, Resolve, StructuralMethod
 from evomerge.merging.recipe import BASE, Recipe
 
 if TYPE_CHECKING:
-    from evomerge.merging.structure.pleas_model import Pair
+    from evomerge.merging.structure.pleas_model import Refitting
 
 
 class Pleas(StructuralMethod):
@@ -30,7 +30,8 @@ class Pleas(StructuralMethod):
     partial merge. With a budget of 1, and no least squares, it is the average of the models once
     their units are in one order.
 
-    Source: Nasery et al. 2024, arXiv:2407.02447. Ours: the ridge, `shares`, the blend.
+    Source: Nasery et al. 2024, arXiv:2407.02447. Ours: the ridge, `shares`, the blend, the
+    sequential form.
     """
 
     name = "pleas"
@@ -65,14 +66,21 @@ class Pleas(StructuralMethod):
             low=1e-3,
         ),
         Parameter(
-            "least_squares", "recipe", "bool", True, "whether layers are refit after the merge"
+            "least_squares",
+            "recipe",
+            "choice",
+            "parallel",
+            "how layers are refit after the merge: parallel, as published, each by what both models"
+            " give it; sequential, by what the layers before it give once refit, as the fit has"
+            " left them for one budget; none",
+            choices=("parallel", "sequential", "none"),
         ),
         Parameter(
             "ridge",
             "recipe",
             "float",
             1e-2,
-            "λ as a share of the mean square of the layer's inputs",
+            "with `least_squares: parallel`, λ as a share of the mean square of the layer's inputs",
             low=0.0,
         ),
         Parameter(
@@ -97,6 +105,7 @@ class Pleas(StructuralMethod):
         return replace(recipe, parameters={"budget": budget}, sources=sources)
 
     def build(self, members: Mapping[str, Model], fitted: Fitted | None, resolve: Resolve) -> Built:
+        from evomerge.merging.structure.pleas_allocation import units_apart
         from evomerge.merging.structure.pleas_model import PleasModel, Refitting, pair_of
 
         assert fitted is not None  # a recipe without is refused
@@ -105,36 +114,41 @@ class Pleas(StructuralMethod):
         pair = pair_of(a, b, fitted)
         here = {g.name: resolve(g.binds[0].params[0]) for g in pair.widening.groups}
         seen = list(here.values())
-        first, second = throughout("weight", seen)
-        total = first + second
-        if not total > 0:
-            raise MergeError("weight: the two models' weights are 0; one must be above")
+        budget, allocation = float(throughout("budget", seen)), throughout("allocation", seen)
+        shares = {group: at.number("share") for group, at in here.items()}
+        worth = fitted.facts["worth"]
+        apart = units_apart(pair.costs, budget, allocation, worth=worth, shares=shares)
         refitting = Refitting(
-            least_squares=throughout("least_squares", seen),
+            form=throughout("least_squares", seen),
             ridge=throughout("ridge", seen),
             blend=throughout("blend", seen),
-            weights=(first / total, second / total),
+            weights=_weights(*throughout("weight", seen)),
         )
-        if refitting.least_squares and not pair.inputs:
-            raise MergeError("least_squares: the artifact was fitted without `grams`")
-        budget = float(throughout("budget", seen))
-        shares = {group: at.number("share") for group, at in here.items()}
-        apart = _apart(pair, throughout("allocation", seen), budget, shares)
+        if refitting.form == "parallel" and not pair.inputs:
+            raise MergeError("least_squares: parallel needs sums, and the artifact was fitted without"
+                             " (`grams: false`); fit with them, or take `none`")  # fmt: skip
+        if refitting.form == "sequential":
+            _check_sequential(fitted, apart, refitting)
         return PleasModel(pair, apart, refitting)
 
 
-def _apart(pair: Pair, how: str, budget: float, shares: Mapping[str, float]) -> dict[str, int]:
-    from evomerge.merging.structure.budget import proxy_weights, scaled, solve, uniform
+def _weights(first: float, second: float) -> tuple[float, float]:
+    total = first + second
+    if not total > 0:
+        raise MergeError("weight: the two models' weights are 0; one must be above")
+    return first / total, second / total
 
-    if how == "uniform":
-        return uniform(pair.costs, budget)
-    if how == "shares":
-        return scaled(pair.costs, budget, shares)
-    worth = pair.fitted.facts["worth"]
-    if worth is None:
-        raise MergeError("allocation: programme needs what groups are worth, and the artifact was"
-                         " fitted without `worth`; take `uniform`")  # fmt: skip
-    weights = proxy_weights(
-        worth["merged_except"], worth["separate_except"], worth["merged"], worth["separate"], budget
-    )
-    return solve(pair.costs, budget, weights)
+
+def _check_sequential(fitted: Fitted, apart: Mapping[str, int], refitting: Refitting) -> None:
+    """Raise MergeError unless the fit has refit this very merge."""
+    known = fitted.facts["sequential"]
+    if known is None:
+        raise MergeError("least_squares: the artifact was fitted without `sequential`; fit with"
+                         " `sequential: {budget: ...}`, or take `parallel`")  # fmt: skip
+    if known["apart"] != apart:
+        raise MergeError(f"least_squares: sequential was fitted for a budget of {known['budget']:g}"
+                         f" by allocation {known['allocation']}, where other units stay apart; take"
+                         " that, or fit it for this one")  # fmt: skip
+    if refitting.weights != (0.5, 0.5):
+        raise MergeError("least_squares: sequential was fitted for models of equal weight; leave"
+                         " `weight` out, or take `parallel`")  # fmt: skip

@@ -79,7 +79,7 @@ class Data:
 @dataclass(frozen=True)
 class Merged:
     """The merged network in memory, of the partial merge's tensors: `write` sets one of them, by
-    its stored name."""
+    its stored name. Its layers may be wider: what lies behind the merge's units is left out."""
 
     live: Live
     write: Callable[[str, Tensor], object]
@@ -247,6 +247,7 @@ class _Fit:
         layer, target = self.layers[name], self.norm_of.get(name, name)
         axis = units_axis(self.a.modules[name])
         into, to = (self.merge.layout(name, at) for at in (layer.in_axis, layer.out_axis))
+        wide_in = self.start[name].shape[layer.in_axis]
         shapes = [[x.shape for x, _ in ran[name]] for ran in (a, b)]
         if shapes[0] != shapes[1]:
             raise MergeError(f"{name}: is given {_said(shapes[0])} in one network and"
@@ -255,7 +256,7 @@ class _Fit:
             outputs = a[target][run][1], b[target][run][1]
             for view in self._views(whose):
                 if merged is not None:
-                    x = merged[name][run][0].double()
+                    x = merged[name][run][0].narrow(axis, 0, wide_in).double()
                 else:
                     x = mixed(into, of_a, of_b, view.inputs, view.alone, axis)
                 yield x, mixed(to, *outputs, view.outputs, view.alone, axis)

@@ -1,7 +1,7 @@
 """The fit of `pleas`: which unit is which, what layers are given, and what each group is worth.
 
-All that a partial merge needs of data, whatever is merged and whatever stays apart. Knows nothing
-of budgets.
+All that a partial merge needs of data, whatever is merged and whatever stays apart; and, where it
+is asked for, one such merge refit layer by layer.
 """
 
 from __future__ import annotations
@@ -11,17 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from evomerge.checkpoints.skeleton import blank
-from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.artifact import Draft
 from evomerge.merging.fitted.base import Fitter, Problem, Settings, Watch
-from evomerge.merging.fitted.calibration import Batch, Example, batches
-from evomerge.merging.fitted.gram import even_batches
+from evomerge.merging.fitted.calibration import Batch
 from evomerge.merging.fitted.gram import linear_layers as own_layers
 from evomerge.merging.fitted.network import Network
 from evomerge.merging.methods.gram import packed
@@ -30,31 +26,41 @@ from evomerge.merging.structure.families import spec_of
 from evomerge.merging.structure.fit import Similarity
 from evomerge.merging.structure.joint_gram import joined
 from evomerge.merging.structure.layer_rows import captured, survey
-from evomerge.merging.structure.linear_layers import linear_layers, modules_of
+from evomerge.merging.structure.linear_layers import linear_layers
 from evomerge.merging.structure.matching import weight_matching
-from evomerge.merging.structure.permutation import apply, in_place
+from evomerge.merging.structure.permutation import in_place
+from evomerge.merging.structure.pleas_allocation import units_apart
+from evomerge.merging.structure.pleas_live import Batches, in_order, shapes_of, state_of, watched
 from evomerge.merging.structure.pleas_model import (
     Pair,
-    PleasModel,
-    Refitting,
     gram_key,
     order_key,
+    sequential_key,
     similarity_key,
 )
+from evomerge.merging.structure.pleas_sequential import SequentialSettings, refit_in_turn
+from evomerge.merging.structure.pleas_worth import tried, worth
 from evomerge.merging.structure.trial_network import prove
-from evomerge.merging.structure.units import Shapes
 
 
 class PleasSettings(Settings):
     """`similarity` is what makes two units alike: their `weights`, or the `correlation`, `inner`
     product or squared `distance` of what they compute. `batch_size` is the most examples in a
-    forward pass. `grams` are needed for least squares, and hold (2d + 1)² / 2 numbers for each
-    input of d; `worth` is needed for the published budget, and runs the data 2·groups + 2 times."""
+    forward pass. `grams` are needed for parallel least squares, and hold (2d + 1)² / 2 numbers for
+    each input of d; `worth` is needed for the published budget, and runs the data 2·groups + 2
+    times. `sequential` asks for one merge, of a given budget, to be refit layer by layer."""
 
     similarity: Similarity = "distance"
     batch_size: int = Field(default=4, ge=1)
     grams: bool = True
     worth: bool = True
+    sequential: SequentialSettings | None = None
+
+    @model_validator(mode="after")
+    def _known_worth(self) -> PleasSettings:
+        if self.sequential and self.sequential.allocation == "programme" and not self.worth:
+            raise ValueError("sequential.allocation: programme needs `worth`; take uniform")
+        return self
 
 
 class PleasFit(Fitter):
@@ -65,11 +71,15 @@ class PleasFit(Fitter):
     packed in float32, sums in float64; facts `layers` and `inputs`, which of these each layer is
     given, `rows`, how many tokens there were, `length`, of how many a sequence has on average, and
     `worth`: what the models score, minus the loss for each token, with all units `merged`, all
-    `separate`, and with each group treated the other way. Memory: two live models in float32, the
-    matrices, and what all layers are given of one batch.
+    `separate`, and with each group treated the other way. With `sequential`, the tensors that were
+    refit one after another, without the zeros that fill a checkpoint up, and what stayed `apart`.
+    Memory: two live models in float32, the matrices, and what all layers are given of one batch;
+    three live models for `sequential`. Goes on after each of matching, inputs and sequential, and
+    after each merge whose worth was found.
 
     Source: PLeaS, Nasery et al. 2024, arXiv:2407.02447. There accuracies stand for the score, and
-    unsquared distances for the squared; that sums suffice for every choice of units is ours.
+    unsquared distances for the squared; that sums suffice for every choice of units is ours, and so
+    is `sequential`.
     """
 
     name = "pleas"
@@ -79,23 +89,134 @@ class PleasFit(Fitter):
     def fit(self, problem: Problem, settings: Any, draft: Draft, watch: Watch) -> None:
         if len(problem.sources) != 2:
             raise MergeError(f"pleas merges two models, the recipe has {len(problem.sources)}")
-        a, b = problem.sources.values()
+        a, _ = problem.sources.values()
         prove(a.config)
+        _Stages(problem, settings, draft, watch).run()
+
+
+class _Stages:
+    """The stages of a fit, each of which is kept once it is done."""
+
+    def __init__(
+        self, problem: Problem, settings: PleasSettings, draft: Draft, watch: Watch
+    ) -> None:
+        self.problem, self.settings, self.draft, self.watch = problem, settings, draft, watch
+        self.a, self.b = problem.sources.values()
         examples = [e for name in problem.sources for e in problem.calibration.of(name)]
-        examples = list(dict.fromkeys(examples))  # what is meant for both stands under each name
-        if "matching" not in draft.kept:
-            tensors, flops = _matched(a, b, examples, settings, problem.device)
-            draft.keep("matching", tensors, {}, flops=flops)
-        orders = draft.part("matching")
-        if "inputs" not in draft.kept:
-            tensors, notes, flops = _inputs(a, b, orders, examples, settings, problem.device, watch)
-            draft.keep("inputs", tensors, notes, flops=flops)
-        facts = dict(draft.kept["inputs"])
-        worth, flops = None, 0.0
-        if settings.worth:
-            pair = Pair(a, b, _Known(facts, orders))
-            worth, flops = _worth(pair, examples, settings.batch_size, problem.device, watch)
-        draft.finish({}, {**facts, "worth": worth}, flops=flops)
+        # What is meant for both stands under each name.
+        self.data = Batches(list(dict.fromkeys(examples)), settings.batch_size)
+        self.flops = 0.0
+
+    def run(self) -> None:
+        kept = self.draft.kept
+        if "matching" not in kept:
+            self._keep("matching", self._matched(), {})
+        orders = self.draft.part("matching")
+        if "inputs" not in kept:
+            self._keep("inputs", *self._inputs(orders))
+        facts = {**self.draft.kept["inputs"], "worth": None, "sequential": None}
+        pair = Pair(self.a, self.b, _Known(facts, orders))
+        if self.settings.worth:
+            if "worth" not in kept:
+                self._keep("worth", {}, self._worth(pair))
+            facts["worth"] = self.draft.kept["worth"]
+        if (asked := self.settings.sequential) is not None:
+            if "sequential" not in kept:
+                self._keep("sequential", *self._in_turn(pair, asked, orders, facts["worth"]))
+            facts["sequential"] = self.draft.kept["sequential"]
+        self.draft.finish({}, facts, flops=self.flops)
+
+    def _keep(self, part: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        self.draft.keep(part, tensors, notes, flops=self.flops)
+        self.draft.state = None  # it was of this part
+
+    def _matched(self) -> dict[str, Tensor]:
+        self.watch.note("matching units")
+        shapes = shapes_of(self.a)
+        spec = in_place(spec_of(self.a.config, shapes))
+        if self.settings.similarity == "weights":
+            found = weight_matching(spec, state_of(self.a), state_of(self.b))
+        else:
+            networks = [Network(model, device=self.problem.device) for model in (self.a, self.b)]
+            one, two = (watched(each, shapes) for each in networks)
+            found = activation_matching(
+                spec, one, two, self.data, statistic=self.settings.similarity
+            )
+            self.flops += sum(each.flops for each in networks)
+        tensors = {order_key(g): order.to(torch.int32) for g, order in found.permutations.items()}
+        return tensors | {similarity_key(g): s for g, s in found.similarity.items()}
+
+    def _inputs(self, orders: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """ZᵀZ / n of every distinct input, and what is told of the layers and the data."""
+        device, shapes = self.problem.device, shapes_of(self.a)
+        one, two = Network(self.a, device=device), in_order(self.b, orders, device=device)
+        layers = linear_layers({n: one_module(one, n) for n in own_layers(one)}, shapes)
+        inputs: dict[str, str] = {}
+        tensors: dict[str, Tensor] = {}
+        if self.settings.grams:
+            live = [watched(each, shapes) for each in (one, two)]
+            inputs = _shared(live[0], next(iter(self.data)), layers)
+            tensors = self._summed(live, inputs)
+        self.flops += one.flops + two.flops
+        lengths = [len(example.tokens) for example in self.data.examples]
+        return tensors, {
+            "layers": {name: asdict(layer) for name, layer in layers.items()},
+            "inputs": inputs,
+            "rows": sum(lengths) if inputs else 0,
+            "length": sum(lengths) / len(lengths),
+        }
+
+    def _summed(self, live: Sequence[Live], inputs: Mapping[str, str]) -> dict[str, Tensor]:
+        self.watch.note("summing what layers are given")
+        sums, rows = dict[str, Tensor](), 0
+        total = sum(len(example.tokens) for example in self.data.examples)
+        once = dict.fromkeys(sorted(set(inputs.values())), 1)
+        for batch in self.data:
+            found = [captured(each, batch, once) for each in live]
+            for name in once:
+                z = joined(*(_rows(calls[name]) for calls in found))
+                sums[name] = sums.get(name, 0) + z.T @ z
+            rows += int(batch.attention.sum())
+            self.watch.progress(rows, total)
+        for name, gram in sums.items():
+            if not bool(gram.isfinite().all()):
+                raise MergeError(f"the input of {name} is NaN or infinite on the calibration data")
+        return {gram_key(name): packed(gram / rows) for name, gram in sums.items()}
+
+    def _worth(self, pair: Pair) -> dict[str, Any]:
+        self.watch.note("finding out what each group is worth kept apart")
+        _, state = self.draft.state or ({}, {})
+        before, total = self.flops, len(tried({g.name: g.size for g in pair.widening.groups}))
+
+        def scored(scores: Mapping[str, float], flops: float) -> None:
+            self.flops = before + flops
+            self.draft.save({}, {"scores": dict(scores)}, flops=self.flops)
+            self.watch.progress(len(scores), total)
+
+        known = state.get("scores", {})
+        return worth(pair, self.data, known, device=self.problem.device, scored=scored)
+
+    def _in_turn(
+        self,
+        pair: Pair,
+        asked: SequentialSettings,
+        orders: Mapping[str, Tensor],
+        worth: Mapping[str, Any] | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.watch.note("refitting layer by layer")
+        apart = units_apart(pair.costs, asked.budget, asked.allocation, worth=worth)
+        refit, flops = refit_in_turn(
+            pair,
+            apart,
+            self.problem,
+            asked,
+            orders,
+            batch_size=self.settings.batch_size,
+            progress=self.watch.progress,
+        )
+        self.flops += flops
+        tensors = {sequential_key(name): tensor for name, tensor in refit.items()}
+        return tensors, {**asked.model_dump(), "apart": apart}
 
 
 @dataclass(frozen=True)
@@ -110,64 +231,6 @@ class _Known:
 
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name]
-
-
-def _matched(
-    a: Model, b: Model, examples: Sequence[Example], settings: PleasSettings, device: str
-) -> tuple[dict[str, Tensor], float]:
-    shapes = {name: a.shape(name) for name in a.names}
-    spec = in_place(spec_of(a.config, shapes))
-    flops = 0.0
-    if settings.similarity == "weights":
-        matching = weight_matching(spec, _state(a), _state(b))
-    else:
-        networks = [Network(model, device=device) for model in (a, b)]
-        one, two = (Live(modules_of(each.model, shapes), each.logits) for each in networks)
-        cut = even_batches(examples, settings.batch_size)
-        matching = activation_matching(spec, one, two, cut, statistic=settings.similarity)
-        flops = sum(each.flops for each in networks)
-    tensors = {order_key(g): order.to(torch.int32) for g, order in matching.permutations.items()}
-    return tensors | {similarity_key(g): s for g, s in matching.similarity.items()}, flops
-
-
-def _inputs(
-    a: Model,
-    b: Model,
-    orders: Mapping[str, Tensor],
-    examples: Sequence[Example],
-    settings: PleasSettings,
-    device: str,
-    watch: Watch,
-) -> tuple[dict[str, Tensor], dict[str, Any], float]:
-    """ZᵀZ / n of every distinct input, and what is told of the layers and the data."""
-    one, two = Network(a, device=device), Network(b, device=device)
-    shapes = {name: a.shape(name) for name in a.names}
-    _bring_into_order(two, b, shapes, orders)
-    layers = linear_layers({n: one_module(one, n) for n in own_layers(one)}, shapes)
-    live = [Live(modules_of(each.model, shapes), each.logits) for each in (one, two)]
-    sums, rows, inputs = dict[str, Tensor](), 0, dict[str, str]()
-    total = sum(len(example.tokens) for example in examples)
-    for batch in even_batches(examples, settings.batch_size) if settings.grams else ():
-        inputs = inputs or _shared(live[0], batch, layers)
-        once = dict.fromkeys(sorted(set(inputs.values())), 1)
-        found = [captured(each, batch, once) for each in live]
-        for name in found[0]:
-            z = joined(*(_rows(calls[name]) for calls in found))
-            sums[name] = sums.get(name, 0) + z.T @ z
-        rows += int(batch.attention.sum())
-        watch.progress(rows, total)
-    tensors = {}
-    for name, gram in sums.items():
-        if not bool(gram.isfinite().all()):
-            raise MergeError(f"the input of {name} is NaN or infinite on the calibration data")
-        tensors[gram_key(name)] = packed(gram / rows)
-    notes = {
-        "layers": {name: asdict(layer) for name, layer in layers.items()},
-        "inputs": inputs,
-        "rows": rows,
-        "length": total / len(examples),
-    }
-    return tensors, notes, one.flops + two.flops
 
 
 def one_module(network: Network, name: str) -> nn.Module:
@@ -187,60 +250,3 @@ def _shared(live: Live, batch: Batch, layers: Iterable[str]) -> dict[str, str]:
 
 def _rows(calls: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat([x.reshape(-1, x.shape[-1]) for x, _ in calls]).double().cpu()
-
-
-def _bring_into_order(
-    network: Network, model: Model, shapes: Shapes, orders: Mapping[str, Tensor]
-) -> None:
-    spec = in_place(spec_of(model.config, shapes))
-    permutations = {g.name: orders[order_key(g.name)].long() for g in spec.groups}
-    for name, tensor in apply(spec, _state(model), permutations).items():
-        network.write(name, tensor)
-
-
-@torch.no_grad()
-def _worth(
-    pair: Pair, examples: Sequence[Example], batch_size: int, device: str, watch: Watch
-) -> tuple[dict[str, Any], float]:
-    sizes = {group.name: group.size for group in pair.widening.groups}
-    none = dict.fromkeys(sizes, 0)
-    tried = {"merged": none, "separate": sizes}
-    for name, size in sizes.items():
-        tried[f"merged but {name}"] = {**none, name: size}
-        tried[f"separate but {name}"] = {**sizes, name: 0}
-    scores, flops = {}, 0.0
-    for done, (what, apart) in enumerate(tried.items(), 1):
-        model = PleasModel(pair, apart, Refitting(least_squares=False))
-        network = widened_network(model, device=device)
-        scores[what] = _score(network, examples, batch_size)
-        flops += network.flops
-        watch.progress(done, len(tried))
-    return {
-        "merged": scores["merged"],
-        "separate": scores["separate"],
-        "merged_except": {name: scores[f"merged but {name}"] for name in sizes},
-        "separate_except": {name: scores[f"separate but {name}"] for name in sizes},
-    }, flops
-
-
-def widened_network(model: PleasModel, *, device: str = "cpu") -> Network:
-    """The merged model, live in float32."""
-    made = blank(model, otherwise="it cannot be run", dtype=torch.float32, device=device)
-    network = Network(model, device=device, model=made)
-    network.become(model, model.names)
-    return network
-
-
-def _score(network: Network, examples: Sequence[Example], batch_size: int) -> float:
-    """Minus the mean loss for each token that counts."""
-    total, count = 0.0, 0
-    for part in batches(examples, batch_size):
-        logits = network.logits(part).cpu()
-        counted = logits[part.counted].double()
-        total += float(cross_entropy(counted, part.targets[part.counted], reduction="sum"))
-        count += len(counted)
-    return -total / count
-
-
-def _state(model: Weights) -> dict[str, Tensor]:
-    return {name: model.tensor(name) for name in model.names}

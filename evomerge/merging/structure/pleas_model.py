@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ def similarity_key(group: str) -> str:
 def gram_key(layer: str) -> str:
     """Where it holds the packed ZᵀZ of what a layer is given."""
     return f"gram/{layer}"
+
+
+def sequential_key(name: str) -> str:
+    """Where it holds a tensor as the sequential least squares have left it."""
+    return f"sequential/{name}"
 
 
 class Pair:
@@ -93,10 +98,11 @@ def _pair_of(a: Model, b: Model, fitted: Fitted) -> Pair:
 
 @dataclass(frozen=True)
 class Refitting:
-    """How layers are refit: by least squares with this `ridge`, and so much of the way there
-    (`blend`, 0 to 1). `weights` (w, v) of a and b sum to 1."""
+    """How layers are refit: not at all, as the fit has refit them one after another, or each on its
+    own with this `ridge`; and so much of the way there (`blend`, 0 to 1). `weights` (w, v) of a and
+    b sum to 1."""
 
-    least_squares: bool = True
+    form: Literal["parallel", "sequential", "none"] = "parallel"
     ridge: float = 1e-2
     blend: float = 1.0
     weights: tuple[float, float] = (0.5, 0.5)
@@ -116,8 +122,8 @@ class PleasModel:
             for group in pair.widening.groups
         }
         weights = refitting.weights
-        self._merge = PartialMerge(pair.spec, pair.layers, pair.shapes, splits, weights=weights)
-        self._squares = JointLeastSquares(self._merge, refitting.ridge, weights)
+        self.merge = PartialMerge(pair.spec, pair.layers, pair.shapes, splits, weights=weights)
+        self._squares = JointLeastSquares(self.merge, refitting.ridge, weights)
         self._filled = pair.widening.filled(apart)
         self._of_bias = {
             layer.bias: layer for layer in pair.layers.values() if layer.bias is not None
@@ -163,20 +169,20 @@ class PleasModel:
         """Shape of a tensor, filled up. Raises MissingTensor."""
         if name not in self:
             raise MissingTensor(f"{name}: not a tensor of {self.path}")
-        shape = self._merge.shape(name)
+        shape = self.merge.shape(name)
         return tuple(self._filled.get((name, axis), size) for axis, size in enumerate(shape))
 
     def unfilled_shape(self, name: str) -> tuple[int, ...]:
         """Its shape without the zeros that fill it up."""
-        return self._merge.shape(name)
+        return self.merge.shape(name)
 
     def layout(self, name: str, axis: int) -> Layout | None:
         """How an axis is widened; None for one that stays as it is."""
-        return self._merge.layout(name, axis)
+        return self.merge.layout(name, axis)
 
     def allowed(self, name: str) -> Tensor | None:
         """As that of `PartialMerge`, of the tensor without the zeros that fill it up."""
-        return self._merge.allowed(name)
+        return self.merge.allowed(name)
 
     def equations(self, layer: Layer) -> tuple[Equations, Tensor]:
         """What a layer must solve, and where it starts."""
@@ -186,11 +192,7 @@ class PleasModel:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the merged model; read only. Raises MissingTensor."""
-        values, wanted = self._narrow(name), self.shape(name)
-        missing = [after - now for after, now in zip(wanted, values.shape, strict=True)]
-        if not any(missing):
-            return values
-        return pad(values, [each for room in reversed(missing) for each in (0, room)])
+        return filled(self.unfilled(name), self.shape(name))
 
     def fingerprint(self, name: str) -> Hashable:
         """The models, what stays apart of the groups that a tensor has, and how it is refit."""
@@ -198,27 +200,33 @@ class PleasModel:
         models = self._pair.a.path, self._pair.b.path
         return models, apart, self.shape(name), self._refitting
 
-    def _narrow(self, name: str) -> Tensor:
-        layer = self._pair.layers.get(name) or self._of_bias.get(name)
-        is_refit = layer is not None and layer.weight in self._pair.inputs
-        if layer is None or not (is_refit and self._refitting.least_squares):
-            return self._merge.tensor(name, self._pair.of_a(name), self._pair.of_b(name))
+    def unfilled(self, name: str) -> Tensor:
+        """A tensor without the zeros that fill it up. Raises MissingTensor."""
+        pair, form = self._pair, self._refitting.form
+        layer = pair.layers.get(name) or self._of_bias.get(name)
+        if form == "sequential" and sequential_key(name) in pair.fitted:
+            return self._blended(name, pair.fitted.tensor(sequential_key(name)))
+        if form != "parallel" or layer is None or layer.weight not in pair.inputs:
+            return self._averaged(name)
         if self._last is None or self._last[0] != layer.weight:
-            self._last = (layer.weight, *self._refit(layer))
+            solved = self._squares.solved(layer, pair.gram(layer), pair.of_a, pair.of_b)
+            self._last = (layer.weight, *solved)
         _, weight, bias = self._last
-        if name == layer.weight:
-            return weight
-        assert bias is not None
-        return bias
+        values = weight if name == layer.weight else bias
+        assert values is not None
+        return self._blended(name, values)
 
-    def _refit(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
-        pair, blend = self._pair, self._refitting.blend
-        weight, bias = self._squares.solved(layer, pair.gram(layer), pair.of_a, pair.of_b)
-        if blend == 1:
-            return weight, bias
-        return self._blended(layer.weight, weight), bias and self._blended(layer.bias, bias)
+    def _averaged(self, name: str) -> Tensor:
+        return self.merge.tensor(name, self._pair.of_a(name), self._pair.of_b(name))
 
-    def _blended(self, name: str | None, refit: Tensor) -> Tensor:
-        assert name is not None
-        merged = self._merge.tensor(name, self._pair.of_a(name), self._pair.of_b(name))
-        return merged.lerp(refit, self._refitting.blend)
+    def _blended(self, name: str, refit: Tensor) -> Tensor:
+        blend = self._refitting.blend
+        return refit if blend == 1 else self._averaged(name).lerp(refit, blend)
+
+
+def filled(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor with zeros behind it on every axis, up to a shape."""
+    missing = [after - now for after, now in zip(shape, values.shape, strict=True)]
+    if not any(missing):
+        return values
+    return pad(values, [each for room in reversed(missing) for each in (0, room)])
