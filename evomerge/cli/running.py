@@ -153,6 +153,6 @@ def _mirror(url: str, record: StudyRecord, genes: Sequence[Gene]) -> Mirror | No
         record.name,
         directions=len(names),
         gene_names=[gene.name for gene in genes],
-        values={gene.name: gene.values for gene in genes if gene.values},
+        values={gene.name: gene.shown for gene in genes if gene.levels},
         metric_names=names,
     )

@@ -59,10 +59,10 @@ def _results(
 
 def _genes(
     document: Mapping[str, Any],
-) -> list[tuple[str, float, float, str, tuple[float, ...]]]:
+) -> list[tuple[str, float, float, str, tuple[bool | float | str, ...]]]:
     """What a genome of a study means, gene by gene."""
     genes: tuple[Gene, ...] = load_space(document["space"]).genes(list(document["sources"]))
-    return [(gene.name, gene.low, gene.high, gene.scale, gene.values) for gene in genes]
+    return [(gene.name, gene.low, gene.high, gene.scale, gene.shown) for gene in genes]
 
 
 def _fault(spec: StudySpec, problem: str) -> SpecError:

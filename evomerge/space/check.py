@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from evomerge.space.choice import Choice
 from evomerge.space.factor import Factor
 from evomerge.space.space import Space
 from evomerge.spec import nearest
@@ -57,11 +58,15 @@ def _wrong_section(where: str, parameter: Parameter) -> str:
 
 
 def _value_faults(where: str, parameter: Parameter, entry: Any) -> Iterator[str]:
+    if isinstance(entry, Choice):
+        for word in entry.choices:
+            yield from _fixed_faults(where, parameter, word)
+        return
     if not isinstance(entry, tuple):
         yield from _fixed_faults(where, parameter, entry)
         return
     if parameter.kind != "float":
-        yield f"{where}: a {parameter.kind} cannot be searched; fix it"
+        yield f"{where}: is no number; search it as {{choices: [...], init: ...}}, or fix it"
         return
     if parameter.scope == "recipe" and any("source" in factor.per for factor in entry):
         yield f"{where}: the recipe has one {parameter.name}, so no factor of it is per source"

@@ -29,7 +29,8 @@ _AT_ONE_DEPTH: tuple[TensorType, ...] = ("embedding", "head")
 class Gene:
     """One coordinate of the genome: its name, bounds, start value and what it does, in words.
 
-    A discrete gene has `values`, ascending, one for each of as many equal cells of [0, 1].
+    A discrete gene has `values`, ascending, one for each of as many equal cells of [0, 1]; where
+    they stand for words, `words` are these.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Gene:
     scale: Scale
     does: str
     values: tuple[float, ...] = ()
+    words: tuple[bool | str, ...] = ()
+
+    @property
+    def shown(self) -> tuple[bool | float | str, ...]:
+        """What its levels are, to a reader."""
+        return self.words or self.values
 
     @property
     def levels(self) -> int:

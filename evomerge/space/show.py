@@ -24,9 +24,9 @@ def show(space: Space, sources: Sequence[str] | None = None) -> list[dict[str, A
             "name": gene.name,
             "low": gene.low,
             "high": gene.high,
-            "init": gene.init,
+            "init": gene.words[int(gene.init)] if gene.words else gene.init,
             "scale": gene.scale,
-            "values": list(gene.values) or None,
+            "values": list(gene.shown) or None,
             "does": gene.does,
         }
         for index, gene in enumerate(space.genes(list(sources or PLACEHOLDERS)))

@@ -22,14 +22,21 @@ from pydantic import (
 
 from evomerge.merging.recipe import ModelRef, Recipe, Source
 from evomerge.merging.values import Value
+from evomerge.space.choice import Choice
 from evomerge.space.factor import REST, Factor, Gene
 from evomerge.trial import Genome
 
 _FACTORS = TypeAdapter(tuple[Factor, ...])
 
 
-def _read_parameter(entry: object) -> bool | float | str | tuple[Factor, ...]:
-    """A fixed scalar, or a list of factors (their faults keep their place in the document)."""
+Entry = bool | float | str | tuple[Factor, ...] | Choice
+
+
+def _read_parameter(entry: object) -> Entry:
+    """A fixed scalar, a choice, or a list of factors (their faults keep their place in the
+    document)."""
+    if isinstance(entry, Choice | Mapping):
+        return Choice.model_validate(entry)
     if isinstance(entry, bool | str):
         return entry
     if isinstance(entry, int | float):
@@ -37,7 +44,10 @@ def _read_parameter(entry: object) -> bool | float | str | tuple[Factor, ...]:
             raise ValueError("expected a finite number")
         return float(entry)
     if not isinstance(entry, list | tuple):
-        raise ValueError("expected a fixed value, or a list of factors {low, high, init, ...}")
+        raise ValueError(
+            "expected a fixed value, a choice {choices, init}, or a list of factors"
+            " {low, high, init, ...}"
+        )
     factors = _FACTORS.validate_python(entry)
     faults = list(_factor_faults(factors))
     if faults:
@@ -57,14 +67,16 @@ def _factor_faults(factors: Sequence[Factor]) -> Iterator[str]:
         yield "only one factor of a parameter may vary over depth: a product of curves is no curve"
 
 
-def _write_parameter(entry: bool | float | str | tuple[Factor, ...]) -> Any:
+def _write_parameter(entry: Entry) -> Any:
+    if isinstance(entry, Choice):
+        return entry.model_dump(mode="json")
     if not isinstance(entry, tuple):
         return entry
     return [factor.model_dump(mode="json", exclude_defaults=True) for factor in entry]
 
 
 Parameter = Annotated[
-    bool | float | str | tuple[Factor, ...],
+    Entry,
     PlainValidator(_read_parameter),
     PlainSerializer(_write_parameter),
 ]
@@ -75,8 +87,8 @@ class Space(BaseModel):
     """A search space.
 
     `source` holds the parameters that every source has, `recipe` those that the merge has once.
-    Each is a fixed value or a list of factors; its value for a source and a tensor is the product
-    of the factors' values there.
+    Each is a fixed value, a choice, or a list of factors; its value for a source and a tensor is
+    then the product of the factors' values there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,9 +108,7 @@ class Space(BaseModel):
             gene
             for section in (self.source, self.recipe)
             for parameter, entry in sorted(section.items())
-            if isinstance(entry, tuple)
-            for factor in entry
-            for gene in factor.genes(_label(parameter, factor), _words(parameter, entry), sources)
+            for gene in _genes(parameter, entry, sources)
         )
 
     def encode(self, values: Mapping[str, float], sources: Sequence[str]) -> Genome:
@@ -156,6 +166,14 @@ class Space(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
+def _genes(parameter: str, entry: Entry, sources: Sequence[str]) -> Iterator[Gene]:
+    if isinstance(entry, Choice):
+        yield entry.gene(parameter)
+    elif isinstance(entry, tuple):
+        for factor in entry:
+            yield from factor.genes(_label(parameter, factor), _words(parameter, entry), sources)
+
+
 def _label(parameter: str, factor: Factor) -> str:
     return f"{parameter}.{factor.name}" if factor.name else parameter
 
@@ -167,10 +185,15 @@ def _words(parameter: str, factors: Sequence[Factor]) -> str:
 def _resolve(
     section: Mapping[str, Any], source: str | None, values: Mapping[str, float]
 ) -> dict[str, Value]:
-    return {
-        parameter: _value(parameter, entry, source, values) if isinstance(entry, tuple) else entry
-        for parameter, entry in section.items()
-    }
+    found: dict[str, Value] = {}
+    for parameter, entry in section.items():
+        if isinstance(entry, Choice):
+            found[parameter] = entry.chosen(parameter, values)
+        elif isinstance(entry, tuple):
+            found[parameter] = _value(parameter, entry, source, values)
+        else:
+            found[parameter] = entry
+    return found
 
 
 def _value(

@@ -90,7 +90,7 @@ class OptunaMirror:
         *,
         directions: int,
         gene_names: Sequence[str],
-        values: Mapping[str, Sequence[float]] | None = None,
+        values: Mapping[str, Sequence[bool | float | str]] | None = None,
         metric_names: Sequence[str] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -174,7 +174,7 @@ class OptunaMirror:
         template.datetime_start, template.datetime_complete = started, ended
         return template
 
-    def _parameters(self, genome: Genome) -> dict[str, float]:
+    def _parameters(self, genome: Genome) -> dict[str, bool | float | str]:
         """The genes shown: of a discrete one the value that it decodes to."""
         return {
             name: known[level_of(u, len(known))] if (known := self._values.get(name)) else u

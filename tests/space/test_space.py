@@ -216,7 +216,8 @@ def test_every_fault_of_a_document_is_reported_at_once():
         "source.density.0: scale log needs low > 0, got low 0",
         "source.other.0: init 5 lies outside [0, 2]",
         "source.empty: expected at least one factor",
-        "source.nothing: expected a fixed value, or a list of factors {low, high, init, ...}",
+        "source.nothing: expected a fixed value, a choice {choices, init}, or a list of factors"
+        " {low, high, init, ...}",
         "unknown key 'methd'; did you mean 'method'?",
     ]
 
@@ -314,3 +315,49 @@ def test_spaces_and_their_genomes_need_no_torch():
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'optuna', 'cmaes')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+CHOICES = {
+    "method": "m_smoe",
+    "recipe": {
+        "keep": 2.0,
+        "similarity": {"choices": ["router_logits", "outputs", "features"], "init": "outputs"},
+    },
+}
+
+
+def test_a_choice_is_one_gene_with_a_cell_for_each_word():
+    space = load_space(CHOICES)
+    (gene,) = space.genes(["a"])
+    assert (gene.name, gene.levels, gene.shown) == ("similarity", 3, tuple(SIMILARITIES))
+    assert space.start(["a"]) == (0.5,)
+    found = [decode(CHOICES, (u,)).parameters["similarity"] for u in (0.0, 0.34, 0.5, 0.67, 1.0)]
+    assert found == ["router_logits", "outputs", "outputs", "features", "features"]
+    assert load_space(space.to_json()) == space
+    (row,) = show(space, ["a"])
+    assert (row["values"], row["init"]) == (SIMILARITIES, "outputs")
+
+
+SIMILARITIES = CHOICES["recipe"]["similarity"]["choices"]
+
+
+def test_a_switch_is_a_choice_of_true_and_false():
+    document = {"method": "ties", "recipe": {"normalize": {"choices": [False, True], "init": True}}}
+    assert [decode(document, (u,)).parameters["normalize"] for u in (0.2, 0.8)] == [False, True]
+    assert load_space(document).start(["a"]) == (0.75,)
+
+
+@pytest.mark.parametrize(
+    ("choice", "fault"),
+    [
+        ({"choices": ["a"], "init": "a"}, "fewer than two"),
+        ({"choices": ["a", "b", "a"], "init": "a"}, "lists 'a' twice"),
+        ({"choices": ["a", "b"], "init": "c"}, "init 'c' is none of the choices"),
+        ({"choices": ["a", "b"], "init": "a", "low": 0}, "low"),
+        ({"choices": ["a", 2], "init": "a"}, "choices"),
+    ],
+)
+def test_faults_of_a_choice(choice, fault):
+    (line,) = faults({"method": "m_smoe", "recipe": {"similarity": choice}})[:1]
+    assert "recipe.similarity" in line
+    assert fault in line
