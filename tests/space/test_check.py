@@ -42,7 +42,8 @@ def test_every_fault_comes_at_once():
         "space: source.density: can rise to 1.5, but must be at most 1",
         "space: source.lambda: lambda belongs to the recipe; move it to `recipe`",
         "space: recipe.weight: weight belongs to each source; move it to `source`",
-        "space: recipe.normalize: is no number; search it as {choices: [...], init: ...}, or fix it",
+        "space: recipe.normalize: is no number; search it as {choices: [...], init: ...}, or fix"
+        " it",
     ]
 
 
