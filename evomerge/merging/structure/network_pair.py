@@ -29,7 +29,7 @@ from evomerge.merging.structure.network_heads import ROLE, Labels, Separate
 from evomerge.merging.structure.partial import PartialMerge, Split
 from evomerge.merging.structure.permutation import Spec, State, apply, identity
 from evomerge.merging.structure.resizing import resized
-from evomerge.merging.structure.tracer import traced_spec
+from evomerge.merging.structure.tracer import in_float64, traced_spec
 from evomerge.merging.structure.trial_network import random_tensor
 from evomerge.merging.structure.units import Shapes
 
@@ -162,7 +162,7 @@ class _Tried:
     ) -> None:
         self.a = copy.deepcopy(a).cpu().double()
         self.spec, self.layers, self.shapes = spec, layers, shapes
-        self.inputs = pytree.tree_map(_in_float64, example)
+        self.inputs = pytree.tree_map(in_float64, example)
         self._states = [_random(self.a, seed) for seed in (0, 1)]
         self.a.load_state_dict(self._states[0])
         self._wanted = self._outputs(self.a)
@@ -190,7 +190,8 @@ class _Tried:
         if found.shape != self._wanted.shape:
             return "its outputs have another shape with more of its units"
         if not (found - self._wanted).abs().max() <= FLOAT64 * self._wanted.abs().max():
-            return "its units act on one another, as channels under a LayerNorm do"
+            return ("its units cannot be told apart: they act on one another, as under a LayerNorm,"
+                    " or are read by a layer that is not split")  # fmt: skip
         return None
 
     def cost(self, groups: Collection[str] = ()) -> float:
@@ -202,13 +203,6 @@ class _Tried:
     def _outputs(self, model: nn.Module) -> Tensor:
         found = pytree.tree_leaves(model(*self.inputs))
         return torch.cat([t.flatten() for t in found if isinstance(t, Tensor)])
-
-
-def _in_float64(given: Any) -> Any:
-    if not isinstance(given, Tensor):
-        return given
-    given = given.detach().cpu()
-    return given.double() if given.is_floating_point() else given
 
 
 def _random(model: nn.Module, seed: int) -> State:

@@ -69,7 +69,7 @@ class _Network:
     def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
         self.name = type(model).__name__
         self._module = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
-        self._inputs = pytree.tree_map(_in_float64, example)
+        self._inputs = pytree.tree_map(in_float64, example)
         live = self._module.state_dict(keep_vars=True)
         firsts: dict[int, str] = {}
         self.first = {name: firsts.setdefault(id(t), name) for name, t in live.items()}
@@ -127,7 +127,8 @@ class _Network:
             ) from error
 
 
-def _in_float64(given: Any) -> Any:
+def in_float64(given: Any) -> Any:
+    """An argument of a forward pass on the CPU, in float64 if it is a tensor of floats."""
     if not isinstance(given, Tensor):
         return given
     given = given.detach().cpu()

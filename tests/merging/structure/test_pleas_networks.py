@@ -284,6 +284,25 @@ class TestAttention:
             merged(pair, Amount(apart={"q": 1}))
 
 
+def test_what_is_no_plain_layer_is_widened_where_it_can_be_and_counted():
+    """Channels that a depthwise convolution filters, and those that a transposed one writes."""
+
+    def net(seed):
+        torch.manual_seed(seed)
+        depthwise = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 12, 3, groups=6), nn.ReLU()
+        up = nn.Conv2d(12, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 5, 2, stride=2), nn.ReLU()
+        return nn.Sequential(*depthwise, *up, nn.Conv2d(5, 3, 1), nn.Flatten()).double().eval()
+
+    a, b = net(1), net(2)
+    pair = matched(a, b, DATA, example=EXAMPLE)
+    assert pair.costs.groups == ("0", "6")
+    assert "are read by a layer that is not split" in pair.left["4"]
+    found = merged(pair, Amount(apart={"0": 4, "6": 5}))
+    assert found.report.dense == pytest.approx(pair.costs.dense(found.report.apart), rel=1e-12)
+    weights = Refitting(least_squares=None, weights=(1.0, 0.0))
+    close(outputs(merged(pair, Amount(apart={"0": 4, "6": 5}), weights).network), outputs(a))
+
+
 class TestHeads:
     def test_each_head_reads_what_is_merged_and_its_own(self, labelled):
         a, b, pair = labelled
