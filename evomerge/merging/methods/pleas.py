@@ -125,8 +125,8 @@ class Pleas(StructuralMethod):
             weights=_weights(*throughout("weight", seen)),
         )
         if refitting.form == "parallel" and not pair.inputs:
-            raise MergeError("least_squares: parallel needs sums, and the artifact was fitted without"
-                             " (`grams: false`); fit with them, or take `none`")  # fmt: skip
+            raise MergeError("least_squares: the artifact was fitted with `grams: false`, without"
+                             " the sums of parallel ones; fit again, or take `none`")  # fmt: skip
         if refitting.form == "sequential":
             _check_sequential(fitted, apart, refitting)
         return PleasModel(pair, apart, refitting)
