@@ -50,6 +50,11 @@ class Separate:
         return cls(labels, biases)
 
     @property
+    def apart(self) -> dict[str, int]:
+        """Units of each head's group, of which none is merged."""
+        return {f"{head} {ROLE}": max(both) for head, both in self.labels.items()}
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the heads' tensors."""
         return tuple(name for head in self.labels for name in self._tensors(head))
@@ -69,12 +74,11 @@ class Separate:
 
     def with_labels(self, spec: Spec) -> Spec:
         """The groups, and one of each head's labels."""
-        found = [self._group(head, max(both)) for head, both in self.labels.items()]
+        found = []
+        for head, (name, size) in zip(self.labels, self.apart.items(), strict=True):
+            binds = tuple(Bind(tensor, 0, blocks(size)) for tensor in self._tensors(head))
+            found.append(Group(name, ROLE, size, binds))
         return Spec((*spec.groups, *found))
-
-    def _group(self, head: str, size: int) -> Group:
-        binds = tuple(Bind(name, 0, blocks(size)) for name in self._tensors(head))
-        return Group(f"{head} {ROLE}", ROLE, size, binds)
 
     def filled(self, model: nn.Module, side: int) -> nn.Module:
         """A network with as many labels as the larger head has; `side` 0 for a, 1 for b."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -25,10 +25,14 @@ from evomerge.merging.structure.least_squares import (
     refit,
 )
 from evomerge.merging.structure.multiply_adds import counted
-from evomerge.merging.structure.network_heads import Separate
-from evomerge.merging.structure.network_pair import NetworkPair, live_network
+from evomerge.merging.structure.network_pair import (
+    NetworkPair,
+    live_network,
+    state_on_cpu,
+)
 from evomerge.merging.structure.normalization import repair, reset_batch_norm
 from evomerge.merging.structure.partial import BOTH, A, B, PartialMerge, split
+from evomerge.merging.structure.permutation import axis_orders
 from evomerge.merging.structure.resizing import resized
 
 
@@ -96,14 +100,9 @@ class MergedNetwork:
             places = places[wide.origin[mine].argsort()]
         if side == "a":
             return places
-        units = {"x": torch.arange(len(places))}
-        for group in self.pair.spec.groups:
-            for bind in group.binds:
-                if name in bind.params and getattr(bind, "axis", None) == found.in_axis:
-                    order = self.pair.matching.permutations.get(group.name)
-                    if order is not None:
-                        _on_axis_0(bind).permute_(units, order)
-        return places[units["x"].argsort()]
+        orders = axis_orders(self.pair.spec, self.pair.shapes, self.pair.matching.permutations)
+        order = orders.get((name, found.in_axis), torch.arange(len(places)))
+        return places[order.argsort()]
 
 
 @torch.no_grad()
@@ -113,22 +112,22 @@ def merged_network(
     """The network with so many units of each group apart, filled, refit, and normalized."""
     _check(pair, apart)
     sizes = {group.name: group.size for group in pair.spec.groups}
-    labels = {f"{head} labels": max(both) for head, both in pair.labels.items()}
-    splits = {name: split(pair.similarity(name), m) for name, m in {**apart, **labels}.items() if m}
+    widened = {**apart, **pair.heads.apart}
+    splits = {name: split(pair.similarity(name), m) for name, m in widened.items() if m}
     merge = PartialMerge(pair.spec, pair.layers, pair.shapes, splits, weights=refitting.weights)
     network = resized(pair.a, {name: merge.shape(name) for name in pair.shapes})
-    start = merge.state(pair.a.state_dict(), pair.b.state_dict())
+    start = merge.state(state_on_cpu(pair.a), state_on_cpu(pair.b))
     network.load_state_dict(start)
     fits, kept = _refit(pair, merge, network, start, data, refitting)
     _normalize(pair, network, data, refitting)
-    network = Separate(pair.labels, frozenset(_biased(pair))).cut(network)
+    network = pair.heads.cut(network)
     report = MergeReport(
         pair.costs.relative(apart),
         _cost(network, pair) / _cost(pair.a, pair),
         {name: apart.get(name, 0) for name in pair.costs.groups},
-        {name: sizes[name] + apart.get(name, 0) for name in sizes if name not in labels},
+        {name: sizes[name] + apart.get(name, 0) for name in sizes if name not in pair.heads.apart},
         pair.left,
-        pair.labels,
+        pair.heads.labels,
         fits,
         kept,
     )
@@ -181,13 +180,5 @@ def _normalize(pair: NetworkPair, network: nn.Module, data: Data, refitting: Ref
         reset_batch_norm(network, batches)
 
 
-def _biased(pair: NetworkPair) -> list[str]:
-    return [head for head in pair.labels if f"{head}.bias" in pair.shapes]
-
-
 def _cost(network: nn.Module, pair: NetworkPair) -> float:
     return counted(lambda: run(network, [pair.example]))
-
-
-def _on_axis_0(bind: Any) -> Any:
-    return type(bind)("x", 0, bind.index)

@@ -25,7 +25,7 @@ from evomerge.merging.structure.least_squares import Data
 from evomerge.merging.structure.linear_layers import Layer, linear_layers, plain_modules
 from evomerge.merging.structure.matching import Matching, weight_matching
 from evomerge.merging.structure.multiply_adds import counted, layer_terms, positions
-from evomerge.merging.structure.network_heads import ROLE, Labels, Separate
+from evomerge.merging.structure.network_heads import ROLE, Separate
 from evomerge.merging.structure.partial import PartialMerge, Split
 from evomerge.merging.structure.permutation import Spec, State, apply, identity
 from evomerge.merging.structure.resizing import resized
@@ -43,7 +43,7 @@ class NetworkPair:
     """Networks a and b in eval mode, copies; units of b lie in a's order.
 
     `costs` are those of the groups that may be widened; `left` says of every other group why it may
-    not. `labels` are the heads of different label spaces. `layers` are in the order in which they
+    not. `heads` are those of different label spaces. `layers` are in the order in which they
     run; `shapes` are those of either network, its heads filled up to the larger number of labels.
     """
 
@@ -55,7 +55,7 @@ class NetworkPair:
     shapes: Shapes
     costs: Costs
     left: Mapping[str, str]
-    labels: Mapping[str, Labels]
+    heads: Separate
     example: Example
 
     def similarity(self, group: str) -> Tensor:
@@ -107,13 +107,18 @@ def matched(
     if fault := tried.fault(costs.groups):
         raise MergeError(f"{type(a).__name__}: its groups can be widened one by one, but not all of"
                          f" them: {fault}")  # fmt: skip
-    return NetworkPair(a, b, spec, matching, layers, shapes, costs, left, separate.labels, example)
+    return NetworkPair(a, b, spec, matching, layers, shapes, costs, left, separate, example)
 
 
 def live_network(model: nn.Module) -> Live:
     """A network of torch modules as it is watched on batches: a tensor, or the arguments of a
     forward pass as a tuple or by name."""
     return Live(plain_modules(model), lambda batch: run(model, [batch]))
+
+
+def state_on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a network, which may lie anywhere."""
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
 
 
 def _alone(model: nn.Module) -> nn.Module:
@@ -137,7 +142,7 @@ def _matching(
     if by == "identity":
         return Matching(identity(spec), {}, 0, ())
     if by == "weights":
-        return weight_matching(spec, *(separate.without(m.state_dict()) for m in (a, b)))
+        return weight_matching(spec, *(separate.without(state_on_cpu(m)) for m in (a, b)))
     batches = (batch for batch, _ in data)
     return activation_matching(spec, live_network(a), live_network(b), batches, statistic=by)
 
