@@ -123,6 +123,9 @@ class Merges:
         return self._kept.get(f"{matching}, {form}", make)
 
     def _at(self, form: str, how: str, budget: float) -> tuple[float, float]:
+        if budget in (BUDGETS[0], BUDGETS[-1]):
+            how = UNIFORM  # nothing apart, or everything
+
         def make() -> tuple[float, float]:
             apart = self.apart(how, budget)
             found = merged_network(self.permuted, apart, self._for(form), FORMS[form])
