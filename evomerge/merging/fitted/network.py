@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.weights import Model, Weights
+from evomerge.checkpoints.weights import Weights
 from evomerge.errors import MergeError
 from evomerge.merging.binding import bind
 from evomerge.merging.conversion import Part, places
@@ -29,7 +29,8 @@ TakeGradient = Callable[[str, Tensor], None]
 
 
 class Network:
-    """The model of `anchor` in float32, its weights `anchor`'s until others are written.
+    """The model of `anchor` in float32, its weights `anchor`'s until others are written; also of
+    one behind an adapter, of which transformers loads the base alone.
 
     `learned` are the stored names of the float tensors that are parameters of the model.
     `flops` counts what forward and backward passes cost, by 2·P and 4·P for each token. `model` is
@@ -44,7 +45,8 @@ class Network:
         checkpointing: bool = False,
         model: Any = None,
     ) -> None:
-        if model is None:
+        loaded = model is None
+        if loaded:
             model, _ = load_model(anchor, "float32", device, encoder_decoder=True)
         self.model: Any = model
         if checkpointing:
@@ -68,6 +70,8 @@ class Network:
         self.learned = tuple(self.parts)
         self._shapes = shapes
         self._size = sum(parameter.numel() for parameter in self._parameters.values())
+        if loaded and not isinstance(anchor, Checkpoint):
+            self.become(anchor, anchor.names)
 
     def write(self, name: str, values: Tensor) -> None:
         """Set a stored tensor, given in its stored shape; one that the live model computes for
@@ -163,14 +167,6 @@ class Network:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor."""
         return self._shapes[name]
-
-
-def network_of(model: Model, device: str) -> Network:
-    """The live model, also of one behind an adapter, of which transformers loads the base alone."""
-    network = Network(model, device=device)
-    if not isinstance(model, Checkpoint):
-        network.become(model, model.names)
-    return network
 
 
 class _Collector:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evomerge.checkpoints.weights import Model
 from evomerge.errors import MergeError
-from evomerge.merging.fitted.network import network_of
+from evomerge.merging.fitted.network import Network
 from evomerge.merging.structure.mixture_recipe import RANDOM_GATES
 
 DEGENERATE = 5.0
@@ -120,7 +120,7 @@ def _state(gate: str, base: Model, device: str) -> Iterator[State]:
         embeddings = base.tensor(_EMBEDDINGS)
         yield lambda tokens: embeddings[torch.tensor(tokens)].double().sum(0, keepdim=True)
         return
-    network = network_of(base, device)
+    network = Network(base, device=device)
     model: Any = network.model
     if gate == "router_input":
         with _watched(model) as read:

@@ -20,7 +20,7 @@ from evomerge.checkpoints.weights import Model, Weights
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.calibration import Batch, Example, batches
 from evomerge.merging.fitted.descent import endless_batch
-from evomerge.merging.fitted.network import Network, network_of
+from evomerge.merging.fitted.network import Network
 from evomerge.merging.structure.moe_compression import Compressed, decomposed
 from evomerge.merging.structure.moe_distillation import distil, distillation_loss
 from evomerge.merging.structure.moe_layers import ExpertLayer
@@ -135,7 +135,7 @@ def compress_experts(
         curve: list[float] = []
         student.choose(batches(examples, settings.batch_size), len(examples), progress)
     else:
-        curve = student.train(network_of(model, device), examples, saves, seed, progress)
+        curve = student.train(Network(model, device=device), examples, saves, seed, progress)
     others = {name: tensor.cpu() for name, tensor in student.others.items()}
     found = CompressedExperts(student.matrices(), others, curve)
     _save(found, saves)
@@ -157,7 +157,7 @@ class _Student:
         assert settings.compress is not None
         self._settings: CompressSettings = settings.compress
         self._batch_size = settings.batch_size
-        self._network = network_of(model, device)
+        self._network = Network(model, device=device)
         self._stands = matrix_names(layers, plans, settings.skip)
         self._u: dict[str, Tensor] = {}
         self._v: dict[str, Tensor] = {}

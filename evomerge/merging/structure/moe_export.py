@@ -24,7 +24,7 @@ from evomerge.errors import MergeError
 from evomerge.merging.aside import Aside, check_free, flush, written_aside
 from evomerge.merging.export import SHARD_BYTES, companions
 from evomerge.merging.fitted.calibration import Example
-from evomerge.merging.fitted.network import Network, network_of
+from evomerge.merging.fitted.network import Network
 from evomerge.merging.structure.compressed_model import CompressedModel
 from evomerge.merging.structure.moe_compress import (
     check_compressible,
@@ -161,7 +161,7 @@ def _planned(
     if EXPERTS_FILE in aside.finished and (not by_data or _ORDERS in aside.finished):
         known = _read_orders(load_file(orders)) if by_data else {}
         return _read_plans(path), Aligner(model, layers, orders=known)
-    network = network_of(model, problem.device)
+    network = Network(model, device=problem.device)
     plans, aligner, document = _measured(problem, layers, network, progress)
     if by_data:
         aligner.of_plans(plans, settings)
@@ -229,7 +229,7 @@ def _collapsed(
     model, settings = problem.model, problem.settings
     how = "logsumexp" if settings.router == "distilled" else settings.router
     return collapsed_routers(
-        network_of(model, problem.device) if how == "logsumexp" else None,
+        Network(model, device=problem.device) if how == "logsumexp" else None,
         model,
         layers,
         [plan.groups for plan in plans],

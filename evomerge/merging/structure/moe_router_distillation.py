@@ -18,7 +18,7 @@ from evomerge.merging.fitted.base import Watch
 from evomerge.merging.fitted.calibration import Example
 from evomerge.merging.fitted.dam_losses import Teacher, kl
 from evomerge.merging.fitted.descent import Descent, Saves, endless_batch
-from evomerge.merging.fitted.network import Network, network_of
+from evomerge.merging.fitted.network import Network
 from evomerge.merging.structure.moe_layers import ExpertLayer
 
 
@@ -53,7 +53,7 @@ def distilled_routers(
     """
     if not any(len(example.predicted) for example in examples):
         raise MergeError("calibration: no example has a token to predict; give longer ones")
-    teacher, student = network_of(model, device), _network(merged, device)
+    teacher, student = Network(model, device=device), _network(merged, device)
     names = [layer.router[0] for layer in layers]
     start = {name: merged.tensor(name).to(device, torch.float64) for name in names}
     sizes = {name: float(rows.square().mean().sqrt()) or 1.0 for name, rows in start.items()}

@@ -97,3 +97,16 @@ def test_a_loss_that_is_no_number_is_an_error(tmp_path):
 def test_padding_counts_nothing():
     assert _BATCH.counted.tolist() == [[True] * 4 + [False], [False, True] + [False] * 3]
     assert _BATCH.targets[1, 1] == 5
+
+
+def test_a_model_behind_an_adapter_is_what_peft_merges(tmp_path):
+    small_adapters = pytest.importorskip("small_adapters")
+    base = small_adapters.llama(tmp_path / "base")
+    adapter = small_adapters.train(base, tmp_path / "adapter", target_modules=["q_proj"], r=4)
+    small_adapters.merged(base, adapter, tmp_path / "whole")
+    small_llama.tokenizer().save_pretrained(tmp_path / "whole")
+    found, whole = (
+        Network(open_model(path)).logits(_BATCH)
+        for path in (f"{base}+{adapter}", str(tmp_path / "whole"))
+    )
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)

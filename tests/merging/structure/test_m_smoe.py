@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints.adapted import open_model, open_models
 from evomerge.errors import MergeError, SpecError
 from evomerge.merging.export import export
+from evomerge.merging.fitted.artifact import open_artifact
 from evomerge.merging.fitted.base import Problem, fit
 from evomerge.merging.fitted.calibration import Calibration
 from evomerge.merging.materialise import Materialiser, load_model
@@ -26,7 +27,7 @@ from evomerge.merging.recipe import Group, ModelRef, Recipe, Source
 from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
 from evomerge.merging.structure.moe_model import shared_out
 from evomerge.merging.structure.moe_settings import ExpertSettings
-from evomerge.merging.structure.routing_fit import RoutingFit, RoutingSettings
+from evomerge.merging.structure.routing_fit import RoutingFit, RoutingSettings, read_statistics
 
 EXPERTS = 4
 
@@ -43,7 +44,7 @@ def artifact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _problem(folder: Path, sources: Sequence[str] = ("mixtral",)) -> Problem:
+def _problem(folder: Path | str, sources: Sequence[str] = ("mixtral",)) -> Problem:
     model = open_model(str(folder))
     data = {name: tuple(small_experts.examples()) for name in sources}
     calibration = Calibration(data, dict.fromkeys(sources, "random tokens"))
@@ -148,6 +149,21 @@ def test_a_fit_of_the_same_is_the_same(folder, artifact, tmp_path):
     assert '"digest"' in first.read_text()
     digests = {json.loads(path.read_text())["digest"] for path in (first, again)}
     assert len(digests) == 1
+
+
+def test_a_model_behind_an_adapter_is_the_one_that_is_watched(folder, tmp_path):
+    """Against the same model with the adapter merged into it by peft."""
+    small_adapters = pytest.importorskip("small_adapters")
+    adapter = small_adapters.train(folder, tmp_path / "adapter", target_modules=["q_proj"], r=4)
+    small_adapters.merged(folder, adapter, tmp_path / "whole")
+    small_experts.small_llama.tokenizer().save_pretrained(tmp_path / "whole")
+    seen = []
+    for number, path in enumerate((f"{folder}+{adapter}", tmp_path / "whole")):
+        place = tmp_path / str(number)
+        fit(RoutingFit(), _problem(path), RoutingSettings(outputs=False), place)
+        seen.append(read_statistics(open_artifact(place)))
+    for one, two in zip(*seen, strict=True):
+        torch.testing.assert_close(one.logits, two.logits, rtol=1e-4, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(folder, artifact, tmp_path):

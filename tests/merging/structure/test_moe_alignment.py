@@ -139,7 +139,7 @@ def test_a_merge_by_activations_goes_on_without_running_the_model(
 
     with pytest.raises(KeyboardInterrupt):
         merge_experts(problem, tmp_path / "out", shard_bytes=20_000, progress=interrupt)
-    monkeypatch.setattr(moe_export, "network_of", None)
+    monkeypatch.setattr(moe_export, "Network", None)
     merge_experts(problem, tmp_path / "out", shard_bytes=20_000)
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "out").iterdir())

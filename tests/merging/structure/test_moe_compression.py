@@ -321,7 +321,7 @@ def test_a_compression_that_was_cut_off_goes_on(
     assert not (tmp_path / "out").exists()
     trained = [done for what, done in steps if what == "distilling"]
     assert trained == [*range(1, 23), 21, 22, 23]
-    monkeypatch.setattr(moe_compress, "network_of", None)  # what is trained is there
+    monkeypatch.setattr(moe_compress, "Network", None)  # what is trained is there
     attempt()
     files = sorted(path.name for path in training.out.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "out").iterdir())

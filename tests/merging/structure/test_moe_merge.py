@@ -296,6 +296,17 @@ def test_least_squares_of_groups_of_one_and_of_copies() -> None:
     torch.testing.assert_close(copies.solve(), weight, rtol=1e-4, atol=1e-4)
 
 
+def test_a_routers_bias_weighs_its_rows() -> None:
+    """A row that its bias keeps from ever being chosen has no part in its group's."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(4, 6, generator=generator), torch.randn(4000, 6, generator=generator)
+    bias = torch.tensor([1.5, -80.0, -0.5, -80.0])
+    fit = LogSumExpFit(weight, Groups((0, 0, 2, 2)), bias)
+    fit.add(x)
+    torch.testing.assert_close(fit.solve(1e-9), weight[[0, 2]], rtol=1e-4, atol=1e-4)
+    assert collapsed(bias, Groups((0, 0, 2, 2)), "mean").tolist() == [-39.25, -40.25]
+
+
 @pytest.mark.parametrize("similarity", get_args(Similarity))
 def test_every_base_of_similarity_groups(mixtral: Path, tmp_path: Path, similarity: str) -> None:
     plans = _merge(mixtral, tmp_path / "out", keep=2, similarity=similarity, allocation="uniform")
@@ -332,7 +343,7 @@ def test_a_merge_that_was_cut_off_goes_on_without_running_the_model(
     with pytest.raises(KeyboardInterrupt):
         merge_experts(problem, tmp_path / "out", shard_bytes=20_000, progress=interrupt)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(moe_export, "network_of", None)
+    monkeypatch.setattr(moe_export, "Network", None)
     merge_experts(problem, tmp_path / "out", shard_bytes=20_000)
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
