@@ -47,6 +47,12 @@ class ExpertLayer:
         return f".{self.prefix}".startswith((".decoder.", ".model.decoder."))
 
     @property
+    def router_bias(self) -> str | None:
+        """Stored name of what the router adds to its logits [E]; None where it adds nothing."""
+        name = self.router[0].removesuffix("weight") + "bias"
+        return name if name in self.router else None
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The tensors that every expert has."""
         return tuple(self.neuron_axes)

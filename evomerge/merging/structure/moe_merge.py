@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from evomerge.checkpoints.weights import Weights
 from evomerge.merging.structure.moe_alignment import permuted
 from evomerge.merging.structure.moe_layers import ExpertLayer, expert_count_keys
 from evomerge.merging.structure.moe_plan import REMAPPED, Aligner, LayerPlan, reference_of
+from evomerge.merging.structure.moe_router import collapsed
 from evomerge.merging.structure.moe_settings import ExpertSettings
 
 
@@ -117,10 +118,9 @@ class MergedExperts(Seen):
         return dropped
 
     def _collapse(self, at: int, layer: ExpertLayer) -> None:
-        groups = self._plans[at].groups
-        leaders = [groups.leaders[members[0]] for members in groups.members]
+        how: Literal["dominant", "mean"] = "mean" if self._settings.router == "mean" else "dominant"
         for name in layer.router[1:]:
-            self._rows[name] = self._model.tensor(name)[leaders]
+            self._rows[name] = collapsed(self._model.tensor(name), self._plans[at].groups, how)
 
     def _merged(self, at: int, group: int, role: str) -> Tensor:
         layer, plan = self._layers[at], self._plans[at]

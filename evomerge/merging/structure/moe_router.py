@@ -25,7 +25,8 @@ RIDGE = 1e-2
 
 
 def collapsed(weight: Tensor, groups: Groups, how: Literal["dominant", "mean"]) -> Tensor:
-    """A router [K, d] float32 of a router [E, d]: of each group the leader's row, or the mean."""
+    """A router [K, d] float32 of a router [E, d]: of each group the leader's row, or the mean. Of
+    its bias likewise, [K] of [E]."""
     rows = weight.float()
     if how == "mean":
         return torch.stack([rows[list(members)].mean(0) for members in groups.members])
@@ -35,15 +36,18 @@ def collapsed(weight: Tensor, groups: Groups, how: Literal["dominant", "mean"]) 
 class LogSumExpFit:
     """Rows whose logits are nearest, in squares, to the total mass of each group.
 
-        yₖ = log Σ over group k of exp(x·wᵢ)
+        yₖ = log Σ over group k of exp(x·wᵢ + bᵢ) − bₖ
         W  = argmin Σ ‖xW'ᵀ − y‖² + λ‖W' − W₀‖²,   λ = ridge·mean(diag XᵀX)
 
-    W₀ are the mean rows. Shapes: x [n, d], w [E, d], W [K, d]. Sums and the solution in float64.
+    W₀ are the mean rows; b is 0 of a router without a bias, else the group has its leader's, bₖ.
+    Shapes: x [n, d], w [E, d], b [E], W [K, d]. Sums and the solution in float64.
     Ours: the published methods keep all E rows.
     """
 
-    def __init__(self, weight: Tensor, groups: Groups) -> None:
+    def __init__(self, weight: Tensor, groups: Groups, bias: Tensor | None = None) -> None:
         self._weight, self._groups = weight.float(), groups
+        self._bias = (weight.new_zeros(len(weight)) if bias is None else bias).double()
+        self._kept = collapsed(self._bias, groups, "dominant").double()
         width, count = weight.shape[1], len(groups.members)
         self._inputs = torch.zeros(width, width, dtype=torch.float64)
         self._targets = torch.zeros(width, count, dtype=torch.float64)
@@ -51,10 +55,10 @@ class LogSumExpFit:
     def add(self, rows: Tensor) -> None:
         """Take in the inputs [n, d] of the router."""
         rows = rows.double().cpu()
-        logits = functional.linear(rows, self._weight.double())
+        logits = functional.linear(rows, self._weight.double(), self._bias)
         masses = [logits[:, list(m)].logsumexp(1) for m in self._groups.members]
         self._inputs += rows.T @ rows
-        self._targets += rows.T @ torch.stack(masses, 1)
+        self._targets += rows.T @ (torch.stack(masses, 1) - self._kept)
 
     def solve(self, ridge: float = RIDGE) -> Tensor:
         """The router [K, d] float32."""
@@ -82,7 +86,9 @@ def collapsed_routers(
     if how != "logsumexp":
         return [collapsed(w, g, how) for w, g in zip(weights, groups, strict=True)]
     assert network is not None
-    fits = [LogSumExpFit(w, g) for w, g in zip(weights, groups, strict=True)]
+    names = [layer.router_bias for layer in layers]
+    biases = [None if name is None else model.tensor(name) for name in names]
+    fits = [LogSumExpFit(*each) for each in zip(weights, groups, biases, strict=True)]
 
     def take(at: int, rows: Tensor, chosen: Tensor, gates: Tensor, module: nn.Module) -> None:
         fits[at].add(rows)

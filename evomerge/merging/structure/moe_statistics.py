@@ -123,7 +123,10 @@ class _Watch:
         self._model, self._layers = model, layers
         self._outputs, self._inputs = outputs, inputs
         self._routers = [model.tensor(layer.router[0]).to(device).float() for layer in layers]
-        self._biases = [_bias(model, layer, device) for layer in layers]
+        self._biases = [
+            None if (name := layer.router_bias) is None else model.tensor(name).to(device).float()
+            for layer in layers
+        ]
         self._activation = activation_name(network.model.config) if inputs else ""
         self.found = [
             _empty(layer.experts, w.shape[1], outputs, w.device)
@@ -204,11 +207,6 @@ def _answers(module: Any, rows: Tensor, expert: int, experts: int) -> Tensor:
         chosen = functional.one_hot(chosen, experts)
     made: Tensor = module.forward(rows, chosen, rows.new_ones(len(rows), 1))  # past the hooks
     return made.float()
-
-
-def _bias(model: Weights, layer: ExpertLayer, device: str) -> Tensor | None:
-    name = layer.router[0].removesuffix("weight") + "bias"
-    return model.tensor(name).to(device).float() if name in layer.router else None
 
 
 def _empty(experts: int, width: int, outputs: bool, device: torch.device) -> LayerStatistics:
