@@ -46,6 +46,7 @@ class Resident:
         model, self._tokenizer = twice(
             lambda: load_model(self._base, dtype, *devices), spec.base, devices[0]
         )
+        self._generation = getattr(model, "generation_config", None)
         self._live: Live | None = self._held(model)
         self._config: Mapping[str, Any] = self._base.config
 
@@ -67,8 +68,10 @@ class Resident:
                 " `workers.num_gpus: 1`"
             )
         dtype, device = DTYPES[self._dtype], self._devices[0]
-        made: Module = blank(wanted, otherwise="it cannot be scored", dtype=dtype, device=device)
-        return made
+        made: Any = blank(wanted, otherwise="it cannot be scored", dtype=dtype, device=device)
+        made.generation_config = self._generation  # a file beside the config says where texts end
+        module: Module = made
+        return module
 
     def _held(self, model: Module) -> Live:
         model.register_forward_hook(lambda *_: self._beat())
