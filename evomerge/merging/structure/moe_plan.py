@@ -67,11 +67,12 @@ class Aligner:
     def of_plans(self, plans: Sequence[LayerPlan], settings: ExpertSettings) -> None:
         """Compute all that a merge by these plans asks for."""
         for at, plan in enumerate(plans):
-            for expert, leader in enumerate(plan.groups.leaders):
-                reference = reference_of(expert, leader, settings)
-                shared = plan.weights[expert] not in (0.0, 1.0)
-                if reference is not None and shared:
-                    self.order(at, expert, reference)
+            for members in plan.groups.members:
+                parts = [expert for expert in members if plan.weights[expert] > 0]
+                for expert in parts if len(parts) > 1 else ():
+                    reference = reference_of(expert, plan.groups.leaders[expert], settings)
+                    if reference is not None:
+                        self.order(at, expert, reference)
 
     def _matched(self, at: int, expert: int, reference: int) -> Tensor:
         one, other = self._expert(at, reference), self._expert(at, expert)

@@ -24,6 +24,10 @@ from evomerge.merging.structure.moe_alignment import (
     permuted,
 )
 from evomerge.merging.structure.moe_export import EXPERTS_FILE, ExpertProblem, merge_experts
+from evomerge.merging.structure.moe_grouping import Groups
+from evomerge.merging.structure.moe_layers import expert_layers
+from evomerge.merging.structure.moe_merge import MergedExperts
+from evomerge.merging.structure.moe_plan import Aligner, LayerPlan
 from evomerge.merging.structure.moe_settings import ExpertSettings
 
 AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
@@ -146,6 +150,20 @@ def test_a_merge_by_activations_goes_on_without_running_the_model(
     for name in files:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert json.loads((tmp_path / "out" / EXPERTS_FILE).read_text())["settings"]["alignment_by"]
+
+
+def test_all_orders_that_a_merge_asks_for_are_known_beforehand(mixtral: Path) -> None:
+    """Also where one expert's share is so large that it is rounded to 1."""
+    model = Checkpoint.open(str(mixtral))
+    layers, settings = expert_layers(model), ExpertSettings(keep=1)
+    plans = [LayerPlan(Groups((1, 1, 1, 1)), (1e-30, 1.0, 0.0, 0.0))] * len(layers)
+    aligner = Aligner(model, layers)
+    aligner.of_plans(plans, settings)
+    known = set(aligner.orders)
+    merged = MergedExperts(model, layers, plans, settings, aligner=aligner)
+    for name in merged.names:
+        merged.tensor(name)
+    assert set(aligner.orders) == known == {(at, 1, 0) for at in range(len(layers))}
 
 
 def test_by_activations_is_another_merge_than_by_weights(mixtral: Path, tmp_path: Path) -> None:
