@@ -250,9 +250,12 @@ def locate(path: str | None, folder: Path) -> str | None:
     return f"{locate(model, folder)}+{locate(adapter, folder)}" if plus else path
 
 
-def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line for each fault that pydantic found; an unknown key's names the nearest known one."""
-    return _lines(_faults(error), model)
+def problems(error: ValidationError, model: type[BaseModel], under: str = "") -> list[str]:
+    """One line for each fault that pydantic found; an unknown key's names the nearest known one.
+
+    `under` is the key that the model's document stands under.
+    """
+    return _lines(_faults(error), model, under)
 
 
 def _faults(error: ValidationError) -> list[Any]:
@@ -305,19 +308,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 
-def _lines(faults: Sequence[Any], model: type[BaseModel]) -> list[str]:
+def _lines(faults: Sequence[Any], model: type[BaseModel], under: str = "") -> list[str]:
     """One line for each place; a place where several types were tried is told what each expects."""
     places: dict[str, list[Any]] = {}
     for fault in faults:
-        places.setdefault(_where(fault["loc"]), []).append(fault)
-    return [_problem(where, tried, model) for where, tried in places.items()]
+        places.setdefault(_where((under, *fault["loc"]) if under else fault["loc"]), []).append(
+            fault
+        )
+    return [_problem(where, tried, model, under) for where, tried in places.items()]
 
 
 def _where(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location if part not in _NO_KEYS)
 
 
-def _problem(where: str, tried: Sequence[Any], model: type[BaseModel]) -> str:
+def _problem(where: str, tried: Sequence[Any], model: type[BaseModel], under: str) -> str:
     fault = tried[0]
     if fault["type"] == "extra_forbidden":
         known = _known_keys(fault["loc"][:-1], model)
@@ -326,7 +331,9 @@ def _problem(where: str, tried: Sequence[Any], model: type[BaseModel]) -> str:
         return f"missing key {where!r}"
     if fault["type"] == "value_error":
         message = fault["msg"].removeprefix("Value error, ")
-        return f"{where}: {message}" if where else message
+        if not fault["loc"]:  # a rule of the whole, which names its key itself
+            return f"{under}.{message}" if under else message
+        return f"{where}: {message}"
     expected = " or ".join(dict.fromkeys(_expected(fault) for fault in tried))
     return f"{where}: expected {expected}, got {fault['input']!r}"
 
@@ -358,6 +365,7 @@ def _expected(fault: Any) -> str:
 
 # what pydantic puts into an error's location beside keys: the tried branch of a union, for one
 _NO_KEYS = {"[key]", "literal['auto']", "constrained-int", "str", "dict[str,any]", "int", "bool"}
+_NO_KEYS |= {"tuple[int, ...]"}
 
 
 def _known_keys(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:

@@ -33,7 +33,9 @@ def wants_experts(path: Path) -> bool:
     """Whether a recipe file merges the experts of one model. A list under `experts` is something
     else: dense models that are to become experts."""
     document = read_yaml(path)
-    return isinstance(document, Mapping) and isinstance(document.get("experts"), Mapping)
+    if not isinstance(document, Mapping) or "experts" not in document:
+        return False
+    return not isinstance(document["experts"], list)
 
 
 def open_expert_problem(path: Path, *, device: str) -> ExpertProblem:
@@ -49,8 +51,7 @@ def open_expert_problem(path: Path, *, device: str) -> ExpertProblem:
     if type(seed) is not int:
         faults.append(f"seed: expected a whole number, got {seed!r}")
     settings = _settings(document["experts"], faults)
-    data = document.get("calibration")
-    calibration = CalibrationSpec.read(data, [_MODEL], folder, faults)
+    calibration = _calibration(document.get("calibration"), folder, faults)
     if faults or settings is None or calibration is None:
         raise SpecError(str(path), faults)
     place = locate(str(model), folder) or str(model)
@@ -60,9 +61,22 @@ def open_expert_problem(path: Path, *, device: str) -> ExpertProblem:
     return ExpertProblem(opened, loaded.of(_MODEL), settings, words, seed, device)
 
 
+def _calibration(document: object, folder: Path, faults: list[str]) -> CalibrationSpec | None:
+    if isinstance(document, Mapping):
+        return CalibrationSpec.read(document, [_MODEL], folder, faults)
+    found = "nothing" if document is None else repr(document)
+    faults.append(f"calibration: expected {{task: NAME}} or {{text: FILE}}, got {found}")
+    return None
+
+
 def _settings(document: object, faults: list[str]) -> ExpertSettings | None:
+    if not isinstance(document, Mapping):
+        found = "nothing" if document is None else repr(document)
+        expected = "settings such as {keep: 4}, or a list of models"
+        faults.append(f"experts: expected {expected}, got {found}")
+        return None
     try:
         return ExpertSettings.model_validate(document)
     except ValidationError as error:
-        faults.extend(f"experts.{line}" for line in problems(error, ExpertSettings))
+        faults.extend(problems(error, ExpertSettings, "experts"))
         return None

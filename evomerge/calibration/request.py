@@ -58,8 +58,13 @@ def wants_fit(path: Path) -> bool:
 
 def load_request(path: Path) -> Request:
     """Read a recipe file that asks for a fit. Raises SpecError with every problem."""
-    recipe = load_recipe(path)
     document = read_yaml(path)
+    if isinstance(document, Mapping) and "experts" in document and "method" not in document:
+        words = "are merged by `evomerge merge`, which fits nothing apart"
+        raise SpecError(
+            str(path), [f"experts: {words}; to fit what a search needs, say `method: m_smoe`"]
+        )
+    recipe = load_recipe(path)
     assert isinstance(document, Mapping)  # as load_recipe has found
     faults: list[str] = []
     try:
@@ -103,7 +108,7 @@ def _settings(fitter: Fitter, document: object, faults: list[str]) -> Settings |
     try:
         return fitter.settings.model_validate(document)
     except ValidationError as error:
-        faults.extend(f"fit.{line}" for line in problems(error, fitter.settings))
+        faults.extend(problems(error, fitter.settings, "fit"))
         return None
 
 

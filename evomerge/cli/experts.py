@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from evomerge.cli.bars import progress_bar
+from evomerge.cli.device import device_here
 
 
 def merge_experts_of(recipe: Path, directory: Path, *, shard_bytes: int, device: str) -> None:
@@ -14,12 +15,11 @@ def merge_experts_of(recipe: Path, directory: Path, *, shard_bytes: int, device:
     from evomerge.calibration.experts import open_expert_problem
     from evomerge.merging.aside import check_free
     from evomerge.merging.structure.moe_export import merge_experts
-    from evomerge.service.worker import device_of
 
     check_free(directory)
     with progress_bar() as bar:
         task = bar.add_task("reading model and data", total=None)
-        problem = open_expert_problem(recipe, device=device_of(device))
+        problem = open_expert_problem(recipe, device=device_here(device))
         bar.console.print(problem.described, highlight=False)
 
         def show(what: str, done: int, total: int) -> None:

@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomerge.cli.bars import progress_bar
+from evomerge.cli.device import Device, device_here
 from evomerge.errors import ExportError
 
 if TYPE_CHECKING:
     from evomerge.merging.fitted.artifact import Provenance
-
-Device = Annotated[
-    str, typer.Option("--device", help="Where models run: auto is CUDA where there is one.")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -46,14 +43,13 @@ def fit_recipe(path: Path, directory: Path, *, device: str) -> None:
     from evomerge.merging.fitted.artifact import DOCUMENT
     from evomerge.merging.fitted.base import Watch, provenance
     from evomerge.merging.fitted.base import fit as run
-    from evomerge.service.worker import device_of
 
     request = load_request(path)
     if not (directory / DOCUMENT).exists():
         check_free(directory)
     with progress_bar() as bar:
         task = bar.add_task("reading models and data", total=None)
-        problem = open_problem(request, device=device_of(device))
+        problem = open_problem(request, device=device_here(device))
         for source, words in problem.calibration.described.items():
             bar.console.print(f"{source}: {words}", highlight=False)
         if directory.exists():

@@ -69,7 +69,7 @@ def _needs(fitter: Fitter) -> list[str]:
 
 def _sources(method: MethodFacts) -> str:
     if method.max_sources == method.min_sources:
-        return f"exactly {method.min_sources} sources"
+        return f"exactly {method.min_sources} source{'s'[: method.min_sources > 1]}"
     most = "" if method.max_sources is None else f", at most {method.max_sources}"
     return f"at least {method.min_sources} source{'s'[: method.min_sources > 1]}{most}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from evomerge.cli.bars import progress_bar
+from evomerge.cli.device import device_here
 
 
 def make_mixture_of(recipe: Path, directory: Path, *, shard_bytes: int, device: str) -> None:
@@ -15,12 +16,11 @@ def make_mixture_of(recipe: Path, directory: Path, *, shard_bytes: int, device: 
     from evomerge.errors import SpecError
     from evomerge.merging.aside import check_free
     from evomerge.merging.structure.mixture_export import make_mixture
-    from evomerge.service.worker import device_of
 
     check_free(directory)
     with progress_bar() as bar:
         task = bar.add_task("reading models", total=None)
-        problem = open_mixture_problem(recipe, device=device_of(device))
+        problem = open_mixture_problem(recipe, device=device_here(device))
 
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from evomerge.cli.bars import progress_bar
-from evomerge.cli.fit import Device
+from evomerge.cli.device import Device, device_here
 from evomerge.cli.options import DEFAULT_EXECUTOR, DEFAULT_STORE, AsJson, Store
 from evomerge.cli.run import ExecutorName, WorkerCount, show_report, with_workers
 from evomerge.errors import StudyBusy
@@ -85,7 +85,6 @@ def _refined(
     from evomerge.service.refining import read_calibration
     from evomerge.service.refining import refine as run
     from evomerge.service.survey import objective_weights
-    from evomerge.service.worker import device_of
 
     trials = store.trials(record.name, outcomes=False)
     origin = elite(trials, objective_weights(record.spec), number)
@@ -103,7 +102,7 @@ def _refined(
             data,
             loss=loss,
             steps=steps,
-            device=device_of(device),
+            device=device_here(device),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if found is None:

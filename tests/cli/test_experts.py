@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import small_experts
+import torch
 from transformers import AutoModelForCausalLM
 
 from evomerge.cli.main import main
@@ -74,6 +75,10 @@ def test_a_switch_goes_on_with_the_text(call: Any, recipe: Any, tmp_path: Path) 
         ({"keep": 2, "similarity": "logits"}, "experts.similarity"),
         ({"keep": 2, "router": "distilled", "router_steps": 0}, "experts.router_steps"),
         ({"keep": 2, "router": "distilled", "compress": {}}, "leave it out with compress"),
+        ({}, "missing key 'experts.keep'"),
+        ({"keep": 2, "kep": 3}, "unknown key 'experts.kep'; did you mean 'keep'?"),
+        ({"keep": 2.5}, "experts.keep: expected a whole number or a list, got 2.5"),
+        ({"keep": True}, "experts.keep: expected a whole number or a list, got True"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -112,3 +117,42 @@ def test_every_fault_is_told_at_once(call: Any, recipe: Any, tmp_path: Path) -> 
     code, said = call("merge", recipe({"keep": 2}), tmp_path / "out", "--plan")
     assert code == 2
     assert "without --plan" in said
+
+
+@pytest.mark.parametrize(("experts", "got"), [(None, "nothing"), (4, "4"), ("four", "'four'")])
+def test_experts_without_settings(
+    call: Any, recipe: Any, tmp_path: Path, experts: Any, got: str
+) -> None:
+    code, said = call("merge", recipe(experts), tmp_path / "out")
+    assert code == 2
+    assert f"experts: expected settings such as {{keep: 4}}, or a list of models, got {got}" in said
+
+
+def test_data_is_missing(call: Any, recipe: Any, tmp_path: Path) -> None:
+    for data in (None, "book.txt"):
+        code, said = call("merge", recipe({"keep": 2}, calibration=data), tmp_path / "out")
+        assert code == 2
+        assert "calibration: expected {task: NAME} or {text: FILE}, got" in said
+        assert "for each source" not in said
+
+
+def test_a_fit_is_of_a_method(call: Any, recipe: Any, tmp_path: Path) -> None:
+    code, said = call("fit", recipe({"keep": 2}), tmp_path / "out")
+    assert code == 2
+    assert "experts: are merged by `evomerge merge`, which fits nothing apart" in said
+    assert "`method: m_smoe`" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x"])
+def test_no_such_device(call: Any, recipe: Any, tmp_path: Path, device: str) -> None:
+    code, said = call("merge", recipe({"keep": 2}), tmp_path / "out", "--device", device)
+    assert code == 2
+    assert f"--device: {device!r} is no device of torch" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_a_device_that_is_not_here(call: Any, recipe: Any, tmp_path: Path) -> None:
+    code, said = call("merge", recipe({"keep": 2}), tmp_path / "out", "--device", "cuda")
+    assert code == 2
+    assert "--device: 'cuda': there is none here; take cpu or auto" in said

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 Similarity = Literal[
     "router_logits",
@@ -96,7 +96,7 @@ class ExpertSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    keep: int | tuple[int, ...]
+    keep: StrictInt | tuple[StrictInt, ...]
     method: Literal["m_smoe", "hc_smoe", "prune"] = "m_smoe"
     similarity: Similarity | None = None
     allocation: Literal["adaptive", "uniform"] | None = None
