@@ -96,6 +96,8 @@ class MSmoe(StructuralMethod):
 
     def published(self, recipe: Recipe) -> Recipe:
         keep = recipe.parameters.get("keep", self.parameters[0].default)
+        if isinstance(keep, int | float):  # the adaptive rule takes whole numbers
+            keep = float(round(keep))
         return replace(recipe, parameters={"keep": keep})
 
     def build(self, members: Mapping[str, Model], fitted: Fitted | None, resolve: Resolve) -> Built:

@@ -109,6 +109,13 @@ def _plans(folder: Path, artifact: Path, **parameters: Any) -> Any:
     return _merge(_recipe(folder, artifact, **parameters)).anchor.plans
 
 
+def test_as_published_it_keeps_whole_numbers(folder, artifact):
+    """Where a search begins, an average need not be one."""
+    published = MSmoe().published(_recipe(folder, artifact, keep=2.6, allocation="shares"))
+    assert published.parameters == {"keep": 3.0}
+    assert len(_merge(published).anchor.plans) > 0
+
+
 def test_numbers_that_are_shared_out():
     assert shared_out(6, [1.0, 1.0, 1.0], 4) == (2, 2, 2)
     assert shared_out(6, [1.0, 2.0, 3.0], 4) == (1, 2, 3)
