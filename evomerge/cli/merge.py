@@ -108,6 +108,7 @@ def export_recipe(recipe: Recipe, directory: Path, *, shard_bytes: int | None = 
 
     bar = byte_bar()
     task = bar.add_task("merging", total=None)
+    said: list[str] = []
     with contextlib.ExitStack() as drawn:
 
         def progress(done: int, total: int) -> None:
@@ -116,12 +117,15 @@ def export_recipe(recipe: Recipe, directory: Path, *, shard_bytes: int | None = 
             bar.update(task, completed=done, total=total)
 
         try:
-            export(recipe, directory, shard_bytes=shard_bytes or SHARD_BYTES, progress=progress)
+            size = shard_bytes or SHARD_BYTES
+            export(recipe, directory, shard_bytes=size, progress=progress, note=said.append)
         except KeyboardInterrupt:
             drawn.close()
             hint = "the same command goes on after the last whole file"
             typer.echo(f"evomerge: interrupted; {hint}", err=True)
             raise typer.Exit(130) from None
+    for line in said:
+        typer.echo(line, err=True)
     typer.echo(f"wrote {directory}", err=True)
 
 
@@ -144,10 +148,14 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"tensors   {plan.tensors}: {methods or 'none merged'}"
     for path, size in plan.read.items():
         yield f"read      {decimal(size)}  {path}"
-    each = plan.flops / plan.elements if plan.elements else 0.0
-    yield f"compute   {plan.flops:.3g} FLOPs, {each:.1f} for each of {plan.elements:,} elements"
+    if plan.structure is not None:
+        yield f"structure {plan.structure}"
+    else:
+        each = plan.flops / plan.elements if plan.elements else 0.0
+        yield f"compute   {plan.flops:.3g} FLOPs, {each:.1f} for each of {plan.elements:,} elements"
     yield f"write     {decimal(plan.written)} in {plan.files} file{'s'[: plan.files > 1]}"
-    yield f"memory    {decimal(plan.memory)} at most, libraries and page cache aside"
+    if plan.memory is not None:
+        yield f"memory    {decimal(plan.memory)} at most, libraries and page cache aside"
 
 
 def size_in_bytes(text: str) -> int:

@@ -76,9 +76,11 @@ def export(
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    note: Callable[[str], object] = lambda line: None,
 ) -> Recipe:
     """Merge and write `directory`; returns the recipe with the digests of its models.
 
+    `note` is told what becomes of the sources' structure, where the method changes it.
     Beside weights, config and tokenizer it holds a model card, the recipe, and of an artifact that
     the recipe applies what it was fitted on and what was found out. Tensors stream:
     memory holds a few of the largest, whatever the model. After an error nothing is left behind; an
@@ -100,6 +102,8 @@ def export(
             _Writer(merge, inspection, shards, aside, progress).write()
         known = _with_artifact(inspection.known(), merge)
         _write_companions(merge, known, aside.folder)
+    if merge.structure is not None:
+        note(merge.structure)
     return known
 
 

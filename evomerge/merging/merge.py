@@ -98,6 +98,11 @@ class Merge:
         """Whether the merge changes structure: the anchor is then the merged model itself."""
         return self.recipe.method in registry.STRUCTURAL
 
+    @property
+    def structure(self) -> str | None:
+        """What becomes of the sources' structure, in a line; None where it stays as it is."""
+        return self._built.structure if self._built is not None else None
+
     def is_merged(self, name: str) -> bool:
         """Whether a tensor is merged; if not, it is copied from the anchor."""
         if self.is_built:

@@ -36,7 +36,8 @@ class Plan:
 
     `methods` counts tensors by merge method, `read` is by checkpoint. `flops` counts the operations
     of the method's definition; kernels save some. `memory` is what the process holds beyond its
-    libraries and the pages of the input files.
+    libraries and the pages of the input files. Of a merge that changes structure, `structure` says
+    in a line what becomes of it, and what that takes is not counted: `memory` is None.
     """
 
     tensors: int
@@ -46,7 +47,8 @@ class Plan:
     files: int
     elements: int
     flops: float
-    memory: int
+    memory: int | None
+    structure: str | None = None
 
 
 def plan(merge: Merge, *, files: int) -> Plan:
@@ -63,6 +65,8 @@ def plan(merge: Merge, *, files: int) -> Plan:
         methods[method.name] = methods.get(method.name, 0) + 1
         elements += coefficients.size
         flops += coefficients.size * costs[key].per_element(shrunk)
+    if merge.is_built:
+        methods = {merge.recipe.method: sum(merge.dtype(n).is_floating_point for n in merge.names)}
     sizes = [merge.nbytes(name) for name in merge.names]
     largest = max(sizes, default=0)
     return Plan(
@@ -73,7 +77,8 @@ def plan(merge: Merge, *, files: int) -> Plan:
         files=files,
         elements=elements,
         flops=flops,
-        memory=largest + max(largest, AHEAD_BYTES) + _SLABS * SLAB,
+        memory=None if merge.is_built else largest + max(largest, AHEAD_BYTES) + _SLABS * SLAB,
+        structure=merge.structure,
     )
 
 

@@ -35,6 +35,10 @@ class Built(Weights, Protocol):
     def config(self) -> dict[str, Any]:
         """That of the result."""
 
+    @property
+    def structure(self) -> str:
+        """What has become of the sources' structure, in a line for a person."""
+
     def fingerprint(self, name: str) -> Hashable:
         """What a tensor is a function of: equal means equal values, whatever the recipe."""
 

@@ -55,6 +55,7 @@ class ExpertModel(Seen):
         self.plans: list[LayerPlan] = plan_experts(
             model, layers, seen, settings, seed=here[0].seed, aligner=aligner
         )
+        self._experts = layers[0].experts
         self._aligned_to = settings.aligned_to
         self._merged = MergedExperts(model, layers, self.plans, settings, aligner=aligner)
         self._at = {
@@ -67,6 +68,12 @@ class ExpertModel(Seen):
     def tensor(self, name: str) -> Tensor:
         """Read only. Raises MissingTensor."""
         return self._merged.tensor(name)
+
+    @property
+    def structure(self) -> str:
+        """How many experts are left of each layer's."""
+        kept = ", ".join(str(len(plan.groups.leaders)) for plan in self.plans)
+        return f"experts kept in each layer: {kept} of {self._experts}, written in all places"
 
     def fingerprint(self, name: str) -> Hashable:
         """The plan of the layer that an expert's tensor belongs to; of any other the model."""

@@ -41,6 +41,7 @@ from evomerge.merging.structure.pleas_model import (
 from evomerge.merging.structure.pleas_sequential import SequentialSettings, refit_in_turn
 from evomerge.merging.structure.pleas_worth import tried, worth
 from evomerge.merging.structure.trial_network import prove
+from evomerge.merging.structure.widening import Widening
 
 
 class PleasSettings(Settings):
@@ -106,6 +107,25 @@ class _Stages:
         # What is meant for both stands under each name.
         self.data = Batches(list(dict.fromkeys(examples)), settings.batch_size)
         self.flops = 0.0
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Raise MergeError, before anything is run, for models that cannot be widened and for a
+        budget that they cannot reach."""
+        shapes = shapes_of(self.a)
+        spec = in_place(spec_of(self.a.config, shapes))
+        costs = Widening.of(self.a.config, spec).costs(spec, shapes, self._length)
+        if (asked := self.settings.sequential) is not None:
+            try:
+                costs.allowance(asked.budget)
+            except MergeError as error:
+                raise MergeError(f"fit.sequential: {error}") from None
+
+    @property
+    def _length(self) -> float:
+        """Tokens of a sequence, on average."""
+        lengths = [len(example.tokens) for example in self.data.examples]
+        return sum(lengths) / len(lengths)
 
     def run(self) -> None:
         kept = self.draft.kept
@@ -158,12 +178,11 @@ class _Stages:
             inputs = _shared(live[0], next(iter(self.data)), layers)
             tensors = self._summed(live, inputs)
         self.flops += one.flops + two.flops
-        lengths = [len(example.tokens) for example in self.data.examples]
         return tensors, {
             "layers": {name: asdict(layer) for name, layer in layers.items()},
             "inputs": inputs,
-            "rows": sum(lengths) if inputs else 0,
-            "length": sum(lengths) / len(lengths),
+            "rows": sum(len(e.tokens) for e in self.data.examples) if inputs else 0,
+            "length": self._length,
         }
 
     def _summed(self, live: Sequence[Live], inputs: Mapping[str, str]) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ from evomerge.merging.structure.partial import Layout, PartialMerge, split
 from evomerge.merging.structure.permutation import Spec, axis_orders, in_place
 from evomerge.merging.structure.widening import Widening
 
+_ROLES = {"mlp": "neurons", "kv": "key-value heads"}
+
 
 def order_key(group: str) -> str:
     """Where an artifact holds the order [n] that brings b's units of a group beside a's."""
@@ -193,6 +195,23 @@ class PleasModel:
     def tensor(self, name: str) -> Tensor:
         """A tensor of the merged model; read only. Raises MissingTensor."""
         return filled(self.unfilled(name), self.shape(name))
+
+    @property
+    def structure(self) -> str:
+        """The units that stay apart, of each model, by layer; the cost as published, and with the
+        zeros that transformers multiplies as well."""
+        groups, costs = self._pair.widening.groups, self._pair.costs
+        said = []
+        for role in dict.fromkeys(group.role for group in groups):
+            of = [group for group in groups if group.role == role]
+            counts = ", ".join(str(self.apart.get(group.name, 0)) for group in of)
+            said.append(f"{counts} of {of[0].size} {_ROLES[role]}")
+        widths = self._pair.widening.units(self.apart)
+        filled_up = {group.name: widths[group.role] - group.size for group in groups}
+        return (
+            f"apart in each layer: {'; '.join(said)}. Cost of {costs.relative(self.apart):.3g}"
+            f" models, {costs.dense(filled_up):.3g} as transformers multiplies it"
+        )
 
     def fingerprint(self, name: str) -> Hashable:
         """The models, what stays apart of the groups that a tensor has, and how it is refit."""

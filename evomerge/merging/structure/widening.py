@@ -24,7 +24,9 @@ class Widening:
 
     MLP neurons, and key-value heads with their query heads where the config has a head dimension of
     its own. The residual stream is not among them: a norm over two models' channels would mix their
-    scales. Source: none; PLeaS' own code widens convolutional networks.
+    scales; nor are heads under a norm over all of them (OLMo), units of which a tensor has several
+    parts one after another (Phi-3), and shared experts, whose width is another key's. Source: none;
+    PLeaS' own code widens convolutional networks.
     """
 
     config: Mapping[str, Any]
@@ -36,7 +38,9 @@ class Widening:
         roles = {"mlp"} if _neurons_key(config) else set()
         if "num_key_value_heads" in config:
             roles.add("kv")
-        groups = tuple(g for g in spec.groups if g.role in roles and g.parent is None)
+        groups = tuple(
+            g for g in spec.groups if g.role in roles and g.parent is None and _has_room(g)
+        )
         if not groups:
             raise MergeError(
                 f"model_type {config.get('model_type')!r}: no group of its units can be widened in"
@@ -95,6 +99,13 @@ class Widening:
         terms = list(_terms(self.groups, spec, shapes))
         terms += [Term(_attention(group, tokens), group.name) for group in self.groups]
         return Costs([t for t in terms if t.cost], {g.name: g.size for g in self.groups})
+
+
+def _has_room(group: Group) -> bool:
+    """Whether units can be added behind those that there are, and change nothing as zeros."""
+    if "shared_expert" in group.name or any("_norm." in bind.param for bind in _binds(group)):
+        return False
+    return all(bool((bind.index.diff(dim=1) == 1).all()) for bind in _binds(group))
 
 
 def _is_accepted(config: Mapping[str, Any]) -> bool:
