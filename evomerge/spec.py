@@ -312,9 +312,8 @@ def _lines(faults: Sequence[Any], model: type[BaseModel], under: str = "") -> li
     """One line for each place; a place where several types were tried is told what each expects."""
     places: dict[str, list[Any]] = {}
     for fault in faults:
-        places.setdefault(_where((under, *fault["loc"]) if under else fault["loc"]), []).append(
-            fault
-        )
+        where = _where((under, *fault["loc"]) if under else fault["loc"])
+        places.setdefault(where, []).append(fault)
     return [_problem(where, tried, model, under) for where, tried in places.items()]
 
 

@@ -42,6 +42,7 @@ class Request:
     fitter: Fitter
     settings: Settings
     calibration: CalibrationSpec
+    subject: str  # what faults are said of: the recipe's file
 
     def with_artifact(self, folder: Path) -> Recipe:
         """The recipe, once the artifact lies at `folder`."""
@@ -85,7 +86,7 @@ def load_request(path: Path) -> Request:
         faults.append(f"{recipe.method} is fitted on task vectors and needs a `base`")
     if settings is None or calibration is None or faults:
         raise SpecError(str(path), faults)
-    return Request(recipe, fitter, settings, calibration)
+    return Request(recipe, fitter, settings, calibration, str(path))
 
 
 def open_problem(request: Request, *, device: str) -> Problem:
@@ -95,8 +96,9 @@ def open_problem(request: Request, *, device: str) -> Problem:
     base = models[recipe.base.path] if recipe.base else None
     sources = {s.name: models[s.model.path] for s in sorted(recipe.sources, key=lambda s: s.name)}
     anchor = base or models[recipe.sources[0].model.path]
-    if faults := compare(anchor, sources):
-        raise SpecError("recipe", faults)
+    advice = "a fit takes models of one vocabulary"
+    if faults := compare(anchor, sources, advice=advice):
+        raise SpecError(request.subject, faults)
     calibration = load_calibration(
         request.calibration, list(sources), tokenizer_of(anchor), seed=recipe.seed
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import small_experts
+import small_llama
+import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -142,6 +144,27 @@ def test_a_fit_is_of_a_method(call: Any, recipe: Any, tmp_path: Path) -> None:
     assert "experts: are merged by `evomerge merge`, which fits nothing apart" in said
     assert "`method: m_smoe`" in said
     assert len(said.splitlines()) == 1
+
+
+def test_models_that_do_not_fit_are_faults_of_the_file(
+    call: Any, recipe: Any, tmp_path: Path
+) -> None:
+    """No `tokenizer: union` is advised: the methods that permute or widen refuse it."""
+    path = recipe(None)
+    for name, vocabulary in (("a", 48), ("b", 40)):
+        model = tiny_models.causal("llama", dtype=torch.float32, vocab_size=vocabulary)
+        model.save_pretrained(tmp_path / name)
+        small_llama.tokenizer().save_pretrained(tmp_path / name)
+    tokens = json.loads((tmp_path / "b/tokenizer.json").read_text())
+    tokens["model"]["vocab"]["other"] = tokens["model"]["vocab"].pop("w1")
+    (tmp_path / "b/tokenizer.json").write_text(json.dumps(tokens))
+    document = {"method": "git_rebasin", "sources": {"a": "a", "b": "b"}}
+    path.write_text(json.dumps(document | {"calibration": {"text": "book.txt", "tokens": 8}}))
+    code, said = call("fit", path, tmp_path / "out")
+    assert code == 2
+    assert f"{path}: " in said
+    assert "a fit takes models of one vocabulary" in said
+    assert "tokenizer: union" not in said
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x"])

@@ -146,9 +146,14 @@ def _alike(table: Tensor, *, by_max: bool) -> float:
     return float(table[torch.arange(len(table)), assigned(table)].mean())
 
 
+_FIT_SETTINGS = ("outputs", "gradients")
+
+
 def _measured(found: _T | None, base: Similarity) -> _T:
     if found is None:
-        raise MergeError(f"similarity: {base}: was not measured when the data was run")
+        named = {"output_mse": "outputs", "weight_gradients": "gradients"}.get(base, base)
+        again = f"; fit it again with `fit: {{{named}: true}}`" if named in _FIT_SETTINGS else ""
+        raise MergeError(f"similarity: {base}: was not measured when the data was run{again}")
     return found
 
 

@@ -224,8 +224,10 @@ def test_what_was_not_measured_is_refused_by_name(mixtral: Path) -> None:
     bare = routing_statistics(Network(model), model, layers, data, batch_size=8)
     needs = {"outputs", "output_mse", "gradients", "weight_gradients"}
     for base in (*needs, "neuron_correlation", "neuron_correlation_max"):
-        with pytest.raises(MergeError, match=f"similarity: {base}: was not measured"):
+        with pytest.raises(MergeError, match=f"similarity: {base}: was not measured") as caught:
             _gram(base, model, bare)  # type: ignore[arg-type]
+        setting = {"o": "outputs", "g": "gradients", "w": "gradients"}.get(base[0])
+        assert setting is None or f"`fit: {{{setting}: true}}`" in str(caught.value)
     for base in BASES:
         settings = ExpertSettings(keep=2, similarity=base)
         asks = settings.needs_outputs or settings.needs_inputs or settings.needs_gradients
