@@ -51,7 +51,7 @@ class PleasSettings(Settings):
     each input of d; `worth` is needed for the published budget, and runs the data 2·groups + 2
     times. `sequential` asks for one merge, of a given budget, to be refit layer by layer."""
 
-    similarity: Similarity = "distance"
+    similarity: Similarity = "weights"
     batch_size: int = Field(default=4, ge=1)
     grams: bool = True
     worth: bool = True

@@ -65,7 +65,12 @@ def fitted(
 ) -> tuple[Problem, Path]:
     root = tmp_path_factory.mktemp(request.param)
     problem = _problem(root, request.param)
-    fit(PleasFit(), problem, PleasSettings(batch_size=32, sequential=SEQUENTIAL), root / "artifact")
+    fit(
+        PleasFit(),
+        problem,
+        PleasSettings(batch_size=32, similarity="distance", sequential=SEQUENTIAL),
+        root / "artifact",
+    )
     return problem, root / "artifact"
 
 
@@ -93,7 +98,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Problem, str]:
     """A fit that was not interrupted: its problem and its digest."""
     root = tmp_path_factory.mktemp("whole")
     problem = _problem(root)
-    fit(PleasFit(), problem, PleasSettings(batch_size=32, sequential=SEQUENTIAL), root / "artifact")
+    fit(
+        PleasFit(),
+        problem,
+        PleasSettings(batch_size=32, similarity="distance", sequential=SEQUENTIAL),
+        root / "artifact",
+    )
     return problem, open_artifact(root / "artifact").digest
 
 
@@ -101,7 +111,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Problem, str]:
     ("what", "at"), [("keep", 1), ("keep", 2), ("save", 7), ("keep", 3), ("keep", 4)]
 )
 def test_interrupted_at_any_stage_it_goes_on_to_the_same(whole, tmp_path, monkeypatch, what, at):
-    (problem, digest), settings = whole, PleasSettings(batch_size=32, sequential=SEQUENTIAL)
+    (problem, digest), settings = (
+        whole,
+        PleasSettings(batch_size=32, similarity="distance", sequential=SEQUENTIAL),
+    )
     with monkeypatch.context() as patched:
         _calls(patched, what)(at)
         with pytest.raises(KeyboardInterrupt):
@@ -130,7 +143,7 @@ def _listed(patched: pytest.MonkeyPatch, name: str, calls: list[str]) -> None:
 def test_interrupted_between_layers_it_refits_them_again(tmp_path, monkeypatch):
     problem, settings = (
         _problem(tmp_path),
-        PleasSettings(batch_size=32, sequential=SEQUENTIAL, worth=False),
+        PleasSettings(batch_size=32, similarity="distance", sequential=SEQUENTIAL, worth=False),
     )
     fit(PleasFit(), problem, settings, tmp_path / "whole")
     solved = _interrupted_solving(monkeypatch, 5)
