@@ -83,7 +83,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]]:
                 budget, "sequential", targets=targets
             )
     for budget in (1.0, 1.2):
-        for similarity in ("weights", "correlation"):
+        for similarity in ("distance", "correlation"):
             for form in ("none", "parallel", "sequential"):
                 found[f"pleas {budget:g}, {form}, by {similarity}"] = _pleas(
                     budget, form, similarity=similarity
@@ -101,7 +101,7 @@ def _pleas(
     budget: float,
     form: str,
     *,
-    similarity: str = "distance",
+    similarity: str = "weights",
     ridge: float = 1e-2,
     targets: str = "both",
     **parameters: Any,
@@ -197,7 +197,7 @@ class Trained:
     @cached_property
     def most(self) -> float:
         """What a merge can cost, with all units apart that may be."""
-        settings = {"similarity": "distance", "batch_size": 64}
+        settings = {"similarity": "weights", "batch_size": 64}
         artifact = open_artifact(self._fitted("pleas", settings))
         maximum = Pair(*self.problem.sources.values(), artifact).costs.maximum
         return int(maximum * 1e4) / 1e4
