@@ -5,7 +5,7 @@
 
 FOLDER keeps the trained networks and what was measured, so that an interrupted run goes on where it
 was, and kinds or seeds may be measured by several processes; take a new one after a change of a
-method. Some forty minutes on a core, ten of them training. Without --output the page is printed.
+method. Some thirty minutes on a core, ten of them training. Without --output the page is printed.
 """
 
 from __future__ import annotations

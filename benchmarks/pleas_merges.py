@@ -5,9 +5,8 @@ Knows nothing of other seeds and of the page.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ CURVED = (PUBLISHED, SEQUENTIAL, OWN)
 BUDGETS = (1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0)
 PROGRAMME, UNIFORM, PREFIX = "programme", "uniform", "prefix"
 ALLOCATIONS = (PROGRAMME, UNIFORM, PREFIX)
-SEARCHED_AT, SEARCHED = 1.4, (PUBLISHED, OWN)
+SEARCHED_AT, SEARCHED = 1.4, (PUBLISHED,)
 OTHER_DATA = ("domain A alone", "domain B alone", "smooth noise", "white noise")
 
 
@@ -91,12 +90,7 @@ class Merges:
 
     def search(self, trials: int) -> dict[str, dict[str, Any]]:
         """Accuracies on both parts by form and by who says what stays apart."""
-        return {
-            form: self._kept.get(
-                f"search {form} {trials}", lambda form=form: self._arms(form, trials)
-            )
-            for form in SEARCHED
-        }
+        return {form: self._arms(form, trials) for form in SEARCHED}
 
     @torch.no_grad()
     def _baselines(self) -> dict[str, float]:
@@ -201,21 +195,31 @@ class Merges:
         return allocated(self.permuted, amount, self.worth if how == PROGRAMME else None)
 
     def _arms(self, form: str, trials: int) -> dict[str, Any]:
-        arms = {how: self._both(form, self.apart(how, SEARCHED_AT)) for how in ALLOCATIONS}
-        started_s = time.process_time()
-        best = self._searched(form, trials)
-        seconds = (time.process_time() - started_s) / trials
-        return {**arms, "search": {**self._both(form, best), "seconds": seconds, "apart": best}}
+        def rules() -> dict[str, Any]:
+            return {how: self._both(form, self.apart(how, SEARCHED_AT)) for how in ALLOCATIONS}
+
+        def found(start: str) -> dict[str, float]:
+            return self._both(form, self._searched(form, trials, start))
+
+        arms: dict[str, Any] = dict(self._kept.get(f"rules, {form}", rules))
+        for start in (UNIFORM, PROGRAMME):
+            key = f"search from {start}, {form} {trials}"
+            arms[f"search from {start}"] = self._kept.get(key, partial(found, start))
+        return arms
 
     def _both(self, form: str, apart: Mapping[str, int]) -> dict[str, float]:
         network = merged_network(self.permuted, apart, self._for(form), FORMS[form]).network
         return {name: accuracy(network, self.parts[name]) for name in ("selection", "report")}
 
-    def _searched(self, form: str, trials: int) -> dict[str, int]:
-        """CMA-ES over a share for each group, from the same for all; the best on selection."""
+    def _searched(self, form: str, trials: int, start: str) -> dict[str, int]:
+        """CMA-ES over a share for each group, from those of a rule on; the best on selection."""
         costs, found = self.permuted.costs, list[tuple[float, dict[str, int]]]()
-        spec = SamplerSpec(seed=self.seed, sigma0=0.3)
-        sampler = cmaes_sampler(spec, init=[0.5] * len(costs.groups), objectives=1, init_first=True)
+        apart = self.apart(start, SEARCHED_AT)
+        init = [apart[name] / self.permuted.spec[name].size for name in costs.groups]
+        spec = SamplerSpec(seed=self.seed, sigma0=0.3 if start == UNIFORM else 0.15)
+        if start == UNIFORM:
+            init = [0.5] * len(init)
+        sampler = cmaes_sampler(spec, init=init, objectives=1, init_first=True)
         for index in range(trials):
             genome = sampler.ask(index)
             shares = dict(zip(costs.groups, genome, strict=True))

@@ -51,6 +51,7 @@ CLAIMS = (  # (matching, form) against (matching, form)
     ((PERMUTED, OWN), (PERMUTED, SEQUENTIAL)),
     ((PERMUTED, OWN), (AVERAGE, OWN)),
 )
+STARTED = tuple(f"search from {rule}" for rule in (UNIFORM, PROGRAMME))
 BETWEEN = tuple(at for at, budget in enumerate(BUDGETS) if 1.0 < budget < 2.0)
 
 
@@ -222,8 +223,9 @@ def other_data(seeds: Seeds) -> list[str]:
 def search_text(trials: int) -> list[str]:
     return f"""\
 **A search over what stays apart**, at {SEARCHED_AT}x: CMA-ES, {trials} candidates, a share for each
-group, scaled to the budget (`scaled`); the first candidate is uniform. It chooses on the selection
-part, as the programme does. Differences are to the programme.
+group, scaled to the budget (`scaled`), from the same for all or from the programme's; these are the
+first candidates. It chooses on the selection part, from which the programme has its worths. All by
+{PUBLISHED}. Differences are to the programme.
 
 """.splitlines()
 
@@ -232,7 +234,7 @@ def searches(seeds: Seeds) -> Iterator[str]:
     rows = []
     said = []
     for form in SEARCHED:
-        for arm in (*ALLOCATIONS, "search"):
+        for arm in (*ALLOCATIONS, *STARTED):
             cells = [form, arm]
             for part in ("selection", "report"):
                 ours, rule = (
@@ -252,13 +254,13 @@ def searches(seeds: Seeds) -> Iterator[str]:
 
 def verdicts(seeds: Seeds, form: str) -> Iterator[str]:
     """In words; the interval of the difference decides."""
-    for rule in (PROGRAMME, UNIFORM):
+    for search, rule in ((s, r) for s in STARTED for r in (PROGRAMME, UNIFORM)):
         words = []
         for part in ("selection", "report"):
-            one = paired(*(searched(seeds, form, arm, part) for arm in ("search", rule)))
+            one = paired(*(searched(seeds, form, arm, part) for arm in (search, rule)))
             beats = "beats" if one.low > 0 else "is beaten by" if one.high < 0 else "does not beat"
             words.append(f"{beats} it on the {part} part ({str_of(one)})")
-        yield f"- {form}, the search against the {rule}: {', and '.join(words)}."
+        yield f"- {form}, {search} against {rule}: {', and '.join(words)}."
 
 
 def searched(seeds: Seeds, form: str, arm: str, part: str) -> list[float]:

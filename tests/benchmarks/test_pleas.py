@@ -30,7 +30,6 @@ def modules() -> Iterator[dict[str, ModuleType]]:
 def merges(modules: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch = pytest.MonkeyPatch()
     patch.setattr(modules["pleas_merges"], "CALIBRATION", 20)
-    patch.setattr(modules["pleas_merges"], "SEARCHED", (modules["pleas_merges"].PUBLISHED,))
     yield modules["pleas_merges"].Merges("ResNet", 0, tmp_path_factory.mktemp("pleas"), epochs=1)
     patch.undo()
 
@@ -75,14 +74,14 @@ def test_a_score_is_the_merged_networks_and_is_kept(
     assert merges._score(pleas.PERMUTED, pleas.RESET) == found
 
 
-def test_the_search_chooses_on_selection_and_starts_from_the_same_share(
+def test_the_search_chooses_on_selection_and_starts_from_a_rule(
     modules: dict[str, ModuleType], merges: Any
 ) -> None:
     pleas = modules["pleas_merges"]
     (arms,) = merges.search(2).values()
-    assert arms["search"]["selection"] >= arms[pleas.UNIFORM]["selection"]
+    for rule in (pleas.UNIFORM, pleas.PROGRAMME):
+        assert arms[f"search from {rule}"]["selection"] >= arms[rule]["selection"]
     relative = merges.permuted.costs.relative
-    assert 1.3 < relative(arms["search"]["apart"]) <= pleas.SEARCHED_AT
     assert all(relative(merges.apart(how, 1.4)) <= 1.4 for how in pleas.ALLOCATIONS)
 
 
@@ -98,7 +97,7 @@ def test_the_page_shows_means_and_intervals_over_seeds(modules: dict[str, Module
     low, high = stats.ttest_rel(values, less).confidence_interval(0.95)
     assert f"less {pleas.PERMUTED}, {pleas.RESET}: {np.mean(values) - np.mean(less):+.1f}" in text
     assert f"[{low:+.1f}, {high:+.1f}]" in text
-    assert len(re.findall(r"the search against the", text)) == 4
+    assert len(re.findall(r"search from \w+ against \w+: ", text)) == 4
     assert "7 candidates" in text
 
 
@@ -114,7 +113,7 @@ def _measured(pleas: ModuleType, page: ModuleType, dice: Any) -> Any:
         }
         for form in pleas.CURVED
     }
-    arms = (*pleas.ALLOCATIONS, "search")
+    arms = (*pleas.ALLOCATIONS, *page.STARTED)
     return page.Measured(
         0,
         some("an ensemble"),
