@@ -29,7 +29,7 @@ from evomerge.merging.structure.remapped import load_remapped
 FULL = "full"
 FORMS = ("replicated", "remapped", "collapsed")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")  # transformers takes the first by itself
-KEEP, BATCH, PROMPT, DECODED = 4, 8, 64, 16
+KEEP, BATCH, PROMPT, DECODED = 4, 4, 32, 16
 
 
 @dataclass(frozen=True)

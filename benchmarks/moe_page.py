@@ -5,6 +5,7 @@ Knows nothing of how anything was measured.
 
 from __future__ import annotations
 
+import itertools
 import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +16,14 @@ import numpy as np
 from moe_forms import BATCH, DECODED, FULL, IMPLEMENTATIONS, KEEP, PROMPT, Form
 from moe_mixtral import Setup
 from moe_scores import Scored
-from moe_search import COUNTS, GROUPS, RULE, UNIFORM
+from moe_search import COUNTS, GROUPS, RULE, UNIFORM, allocations
 from results_page import listed, table
 from scipy import stats
 
 import evomerge
 from evomerge.scoring.statistics import holm
 
-PUBLISHED = "M-SMoE as published"
+PUBLISHED, RANDOM = "M-SMoE as published", "grouped by random"
 ALPHA = 0.05
 
 
@@ -72,7 +73,7 @@ def page(
     """The whole page."""
     lines = [*introduction(setup, found), "", *routing(found), ""]
     lines += [*variants_text(), "", *variants(found), ""]
-    lines += [*search_text(moves), "", *searches(found), ""]
+    lines += [*search_text(found, moves), "", *searches(found), ""]
     lines += [*forms_text(), ""]
     for model, known in weighed.items():
         lines += [*forms(model, known), ""]
@@ -93,15 +94,16 @@ python benchmarks/moe.py --folder FOLDER --output docs/results-moe.md
 ```
 
 with evomerge {evomerge.__version__}, {packages}, Python {platform.python_version()}, in float32
-with one thread. Nothing is trained after a merge.
+with one thread. Nothing is trained after a merge but the routers called distilled.
 
 **Protocol.** {len(found)} seeds, each with rules, data and a model of its own ({setup.steps} steps
 of training). Sequences of {setup.length} tokens in disjoint parts: {setup.calibration} for
 calibration, {setup.selection} for the search to choose on, {setup.report} for the losses shown. The
 full models' loss is {error(losses)} (mean and standard error over seeds). Differences are paired by
 seed, with the 95% interval of Student's t over seeds; p is of the same test, after Holm's
-correction over the rows of a column. With {len(found)} seeds a small difference cannot be told. One
-toy model on artificial data: take signs as hints, and sizes not at all.
+correction over the rows of a column; intervals are not corrected. With {len(found)} seeds a small
+difference cannot be told. One toy model on artificial data: take signs as hints, and sizes not at
+all.
 """.splitlines()
 
 
@@ -152,8 +154,7 @@ def variants(found: Sequence[Measured]) -> Iterator[str]:
     yield ""
     for keep in keeps:
         yield from said(keep, [name for name in ranked if name != PUBLISHED], against[keep])
-    if fewer := [name for name in ranked if any(short(found, keep, name) for keep in keeps)]:
-        yield f"- On some seeds fewer experts are left than that: {listed(fewer)}."
+    yield from ties(found)
 
 
 def report_losses(found: Sequence[Measured], keep: int) -> dict[str, list[float]]:
@@ -186,12 +187,20 @@ def said(keep: int, names: Sequence[str], against: Mapping[str, Paired]) -> Iter
     worse = [name for name in told if name not in better]
     yield (
         f"- {keep} of 8: better than M-SMoE as published, beyond chance: {listed(better)}. Worse:"
-        f" {listed(worse)}. For the other {len(names) - len(told)} no difference is shown."
+        f" {listed(worse)}. For the other {len(names) - len(told)} no difference is shown"
+        f"{', grouping at random among them' * (RANDOM in names and RANDOM not in told)}."
     )
 
 
-def short(found: Sequence[Measured], keep: int, name: str) -> bool:
-    return any(sum(one.variants[keep][name].experts) < keep * len(one.usage) for one in found)
+def ties(found: Sequence[Measured]) -> Iterator[str]:
+    """Where the published rule keeps fewer experts than it was asked for."""
+    for one, keep in itertools.product(found, found[0].variants):
+        size, left = keep * len(one.usage), sum(one.variants[keep][PUBLISHED].experts)
+        if left < size:
+            yield (
+                f"- On seed {one.seed} the published rule, and the rows that follow it, keep {left}"
+                f" experts instead of {size}: experts at its threshold are used equally often."
+            )
 
 
 def error(values: Sequence[float]) -> str:
@@ -199,17 +208,19 @@ def error(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f} ± {spread:.3f}"
 
 
-def search_text(moves: int) -> list[str]:
+def search_text(found: Sequence[Measured], moves: int) -> list[str]:
+    layers, experts = len(found[0].usage), len(found[0].usage[0])
+    sizes = [keep * layers for keep in found[0].searches]
+    tried = ", ".join(f"{sum(1 for _ in allocations(layers, experts, n))} for {n}" for n in sizes)
     return f"""\
 ## Searching how many experts each layer keeps
 
 The size is fixed, all else as published. *{RULE.capitalize()}* gives busy layers more experts.
-*{COUNTS.capitalize()}* tries every allocation of at least one expert to a layer (few enough here
-that no sampler is needed) and takes the best on the selection part. *{GROUPS.capitalize()}*: of
-{moves} random changes of who is merged with whom, those that lower the selection loss are kept,
-one after another. On the selection part no search can lose to the rule, whose allocation is among
-those tried: what it has found out shows on the report part. *Seeds* are those where the loss is
-lower than by the rule.
+*{COUNTS.capitalize()}* tries every allocation of at least one expert to a layer
+({tried}, so that no sampler is needed) and takes the best on the selection part.
+*{GROUPS.capitalize()}*: of {moves} random changes of who is merged with whom, those that lower the
+selection loss are kept, one after another. On the selection part a search cannot lose to a rule whose allocation it has tried: what it
+has found out shows on the report part. *Seeds* are those where the loss is lower than by the rule.
 """.splitlines()
 
 
@@ -221,20 +232,22 @@ def searches(found: Sequence[Measured]) -> Iterator[str]:
             rows.append(search_row(found, keep, arm))
             if arm in (COUNTS, GROUPS):
                 said.append(verdict(found, keep, arm))
-    head = ["keep", "", "selection", "to the rule", "seeds", "report", "to the rule", "seeds"]
+    head = ["experts left", "", "selection", "less the rule", "seeds"]
+    head += ["report", "less the rule", "seeds", "experts by layer, seed by seed"]
     yield from table(head, "---:", rows)
     yield ""
     yield from said
 
 
 def search_row(found: Sequence[Measured], keep: int, arm: str) -> list[str]:
-    cells = [str(keep), arm]
+    cells = [str(keep * len(found[0].usage)), arm]
     for part in ("selection", "report"):
         ours, rule = arm_losses(found, keep, arm, part), arm_losses(found, keep, RULE, part)
         won = sum(a < b for a, b in zip(ours, rule, strict=True))
         compared = [str(paired(ours, rule)), f"{won} of {len(found)}"]
         cells += [f"{statistics.fmean(ours):.3f}", *(compared if arm != RULE else ["", ""])]
-    return cells
+    kept = [one.searches[keep][arm].experts for one in found]
+    return [*cells, ", ".join(" ".join(map(str, counts)) for counts in kept)]
 
 
 def arm_losses(found: Sequence[Measured], keep: int, arm: str, part: str) -> list[float]:
