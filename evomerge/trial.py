@@ -18,9 +18,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 Part = Literal["search", "selection", "report"]
-Kind = Literal[
-    "base", "source", "uniform", "task_arithmetic", "published", "search", "refined"
-]
+Kind = Literal["base", "source", "uniform", "task_arithmetic", "published", "search", "refined"]
 CANDIDATES: tuple[Kind, ...] = ("search", "refined")
 """The kinds of trials that may win; the others are baselines. The sampler is told of `search`."""
 Genome = tuple[float, ...]

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from evomerge.calibration.entries import CalibrationSpec
 from evomerge.calibration.load import load_calibration
 from evomerge.checkpoints.adapted import open_models
-from evomerge.checkpoints.compare import compare
+from evomerge.checkpoints.compare import compare, other_depths
 from evomerge.checkpoints.weights import Model
 from evomerge.documents import read_yaml
 from evomerge.errors import SpecError
@@ -97,7 +97,8 @@ def open_problem(request: Request, *, device: str) -> Problem:
     sources = {s.name: models[s.model.path] for s in sorted(recipe.sources, key=lambda s: s.name)}
     anchor = base or models[recipe.sources[0].model.path]
     advice = "a fit takes models of one vocabulary"
-    if faults := compare(anchor, sources, advice=advice):
+    faults = compare(anchor, sources, advice=advice) + other_depths(anchor, sources)
+    if faults:
         raise SpecError(request.subject, faults)
     calibration = load_calibration(
         request.calibration, list(sources), tokenizer_of(anchor), seed=recipe.seed

@@ -23,6 +23,7 @@ _ARCHITECTURE = (
     "head_dim",
     "n_head",
 )
+_DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
 _NAMED = 3  # of one kind of problem, name so many and count the rest
 
 
@@ -52,6 +53,18 @@ def compare(
         if not aligned:
             problems += (f"{fault}; {advice}" for fault in _vocabulary(base, name, source))
     return problems
+
+
+def other_depths(base: Weights, sources: Mapping[str, Weights]) -> list[str]:
+    """A line for each source that has more or fewer layers than the base, for those who look at
+    whole models and not, as a merge does, at the tensors that all have."""
+    depths = [(name, key) for name in sources for key in _DEPTH if key in base.config]
+    return [
+        f"source {name!r}: {key} is {sources[name].config.get(key)!r}, {base.path} has"
+        f" {base.config[key]!r}; it needs models of one depth"
+        for name, key in depths
+        if sources[name].config.get(key) != base.config[key]
+    ]
 
 
 def _architecture(base: Weights, name: str, source: Weights) -> Iterator[str]:

@@ -59,8 +59,9 @@ class MSmoe(StructuralMethod):
             "recipe",
             "choice",
             "dominant",
-            "dominant: around the most used; clusters: hierarchical (HC-SMoE); prune: grouped as"
-            " dominant, and the most used stands for all",
+            "dominant: around the most used; clusters: hierarchical (HC-SMoE, with `similarity:"
+            " outputs` and `alignment: none`); prune: grouped as dominant, and the most used"
+            " stands for all",
             choices=("dominant", "clusters", "prune"),
         ),
         Parameter(

@@ -81,7 +81,7 @@ class Pleas(StructuralMethod):
             "float",
             1e-2,
             "with `least_squares: parallel`, λ as a share of the mean square of the layer's inputs",
-            low=0.0,
+            low=1e-6,  # the sums are kept in float32
         ),
         Parameter(
             "blend",

@@ -42,7 +42,6 @@ class JointLeastSquares:
 
     merge: PartialMerge
     ridge: float
-    weights: tuple[float, float] = (0.5, 0.5)
 
     def solved(self, layer: Layer, gram: Tensor, a: Get, b: Get) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a refit layer, in their stored shapes and dtypes.
@@ -99,7 +98,7 @@ class JointLeastSquares:
             layout = Layout(torch.arange(size), torch.full([size], BOTH))
         made = torch.zeros(2 * size, len(layout.origin), dtype=torch.float64)
         columns = torch.arange(len(layout.origin))
-        for mine, shift, share in zip((A, B), (0, size), self.weights, strict=True):
+        for mine, shift, share in zip((A, B), (0, size), self.merge.weights, strict=True):
             value = torch.where(layout.side == mine, 1.0, 0.0).double()
             value[layout.side == BOTH] = share
             made[layout.origin + shift, columns] += value

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import evomerge
-from evomerge.checkpoints.compare import compare
+from evomerge.checkpoints.compare import compare, other_depths
 from evomerge.checkpoints.weights import Model
 from evomerge.errors import SpecError
 from evomerge.merging.aside import Aside, check_free, flush, written_aside
@@ -129,7 +129,7 @@ def _check(problem: MixtureProblem) -> None:
     faults = problem.recipe.conflicts()
     others = {place: model for place, model in problem.models.items() if place != "base_model"}
     advice = "the mixture has the base's vocabulary: take an expert that has it too"
-    faults += compare(problem.base, others, advice=advice)
+    faults += compare(problem.base, others, advice=advice) + other_depths(problem.base, others)
     if faults:
         raise SpecError("recipe", faults)
 

@@ -125,6 +125,10 @@ class ExpertSettings(BaseModel):
             )
         if self.form == "collapsed" and self.allocation == "adaptive":
             raise ValueError("allocation: adaptive: the collapsed form needs uniform")
+        if self.router in ("mean", "logsumexp") and self.form != "collapsed":
+            raise ValueError(
+                f"router: {self.router}: is for the collapsed form; {self.form} keeps the routers"
+            )
         if self.compress is not None and self.router == "distilled":
             raise ValueError(
                 "router: distilled: leave it out with compress, which takes routers as they are"

@@ -198,6 +198,12 @@ class _Stages:
             rows += int(batch.attention.sum())
             self.watch.progress(rows, total)
         for name, gram in sums.items():
+            width = len(gram) // 2
+            if rows <= width:
+                raise MergeError(
+                    f"{name}: reads {width} inputs, and the data has {rows} tokens; least squares"
+                    f" need more of them than inputs: name more data, or fit with `grams: false`"
+                )
             if not bool(gram.isfinite().all()):
                 raise MergeError(f"the input of {name} is NaN or infinite on the calibration data")
         return {gram_key(name): packed(gram / rows) for name, gram in sums.items()}

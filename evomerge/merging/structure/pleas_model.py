@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from evomerge.checkpoints.seen import Seen
 from evomerge.checkpoints.weights import Model
 from evomerge.errors import MissingTensor
 from evomerge.merging.methods.base import Fitted
@@ -110,13 +110,14 @@ class Refitting:
     weights: tuple[float, float] = (0.5, 0.5)
 
 
-class PleasModel:
+class PleasModel(Seen):
     """The merged model; config, names and shapes are what transformers loads.
 
     `apart` says how many units of each group stay apart, of each model.
     """
 
     def __init__(self, pair: Pair, apart: Mapping[str, int], refitting: Refitting) -> None:
+        super().__init__(pair.a)
         self.apart = dict(apart)
         self._pair, self._refitting = pair, refitting
         splits = {
@@ -125,7 +126,7 @@ class PleasModel:
         }
         weights = refitting.weights
         self.merge = PartialMerge(pair.spec, pair.layers, pair.shapes, splits, weights=weights)
-        self._squares = JointLeastSquares(self.merge, refitting.ridge, weights)
+        self._squares = JointLeastSquares(self.merge, refitting.ridge)
         self._filled = pair.widening.filled(apart)
         self._of_bias = {
             layer.bias: layer for layer in pair.layers.values() if layer.bias is not None
@@ -136,36 +137,16 @@ class PleasModel:
                 for name in bind.params:
                     self._groups[name] = (*self._groups.get(name, ()), group.name)
         self._last: tuple[str, Tensor, Tensor | None] | None = None
-        self.config: dict[str, Any] = pair.widening.widened(apart)
+        self._config = pair.widening.widened(apart)
 
     @property
     def path(self) -> str:
         return f"{self._pair.a.path} with {self._pair.b.path}"
 
     @property
-    def folder(self) -> Path:
-        return self._pair.a.folder
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._pair.a.names
-
-    @property
-    def tied_names(self) -> Mapping[str, str]:
-        return self._pair.a.tied_names
-
-    @property
-    def non_float_names(self) -> tuple[str, ...]:
-        return self._pair.a.non_float_names
-
-    def companion(self, name: str) -> Path:
-        return self._pair.a.companion(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._pair.a
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._pair.a.dtype(name)
+    def config(self) -> dict[str, Any]:
+        """That of the result."""
+        return self._config
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, filled up. Raises MissingTensor."""
@@ -214,8 +195,14 @@ class PleasModel:
         )
 
     def fingerprint(self, name: str) -> Hashable:
-        """The models, what stays apart of the groups that a tensor has, and how it is refit."""
-        apart = tuple(self.apart.get(group, 0) for group in self._groups.get(name, ()))
+        """The models, what stays apart of the groups that a tensor has, or the layer that it is
+        refit with, and how it is refit."""
+        groups = self._groups.get(name, ())
+        if (layer := self._of_bias.get(name)) is not None:
+            groups += self._groups.get(layer.weight, ())
+        if self._refitting.form == "sequential":  # a layer depends on all before it
+            groups = tuple(self.apart)
+        apart = tuple(self.apart.get(group, 0) for group in groups)
         models = self._pair.a.path, self._pair.b.path
         return models, apart, self.shape(name), self._refitting
 

@@ -150,7 +150,7 @@ def test_an_artifact_of_another_kind_is_refused(tmp_path: Path, folders: dict[st
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"fit": {"metrc": "loss"}}, "unknown key 'metrc'; did you mean 'metric'?"),
+        ({"fit": {"metrc": "loss"}}, "unknown key 'fit.metrc'; did you mean 'metric'?"),
         ({"fit": {"batch_size": 0}}, "batch_size: expected a number"),
         ({"method": "linear"}, "linear looks at no data"),
         ({"method": "gready_soup"}, "unknown merge method 'gready_soup'; did you mean"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import small_experts
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -153,3 +154,11 @@ def test_data_without_a_token_to_predict_is_refused(mixtral: Path, tmp_path: Pat
     lone = [Example((token,)) for token in range(3, 20)]
     with pytest.raises(MergeError, match="no example has a token to predict"):
         merge_experts(_problem(mixtral, lone, **DISTILLED), tmp_path / "out")
+
+
+@pytest.mark.parametrize("router", ["mean", "logsumexp"])
+@pytest.mark.parametrize("form", ["replicated", "remapped"])
+def test_routers_are_collapsed_in_the_collapsed_form_only(router, form):
+    with pytest.raises(ValidationError, match=f"router: {router}: is for the collapsed form"):
+        ExpertSettings(keep=2, form=form, router=router)
+    assert ExpertSettings(keep=2, form="collapsed", router=router).router == router

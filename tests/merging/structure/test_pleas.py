@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evomerge.checkpoints.adapted import open_model, open_models
+from evomerge.checkpoints.compare import other_depths
+from evomerge.errors import MergeError
 from evomerge.merging.export import export
 from evomerge.merging.fitted.artifact import open_artifact
 from evomerge.merging.fitted.base import Problem, fit
@@ -243,3 +245,35 @@ def _attention(pair: Pair, apart: dict[str, int]) -> float:
     kv = [g for g in pair.widening.groups if g.role == "kv"]
     each = {g.name: max(b.index.shape[1] for b in g.binds) for g in kv}
     return float(sum(each[g.name] * apart[g.name] * length for g in kv))
+
+
+def test_equal_fingerprints_mean_equal_tensors(folders):
+    """A bias that is refit with its layer changes with what the layer reads."""
+    pair = _pair(folders)
+    sizes = {g.name: g.size for g in pair.widening.groups}
+    models = [PleasModel(pair, apart, Refitting()) for apart in _some_apart(sizes)]
+    for name in pair.shapes:
+        known: dict[Any, Tensor] = {}
+        for model in models:
+            tensor = model.tensor(name)
+            assert torch.equal(known.setdefault(model.fingerprint(name), tensor), tensor), name
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            assert len(known) >= 1
+
+
+def _some_apart(sizes: dict[str, int]) -> list[dict[str, int]]:
+    """Nothing apart, and half or all of one group, with room for all of every group."""
+    each = [{name: size // 2} for name, size in sizes.items()]
+    return [{}, *each, *({name: size} for name, size in sizes.items())]
+
+
+def test_too_little_data_and_models_of_other_depths_are_refused(tmp_path):
+    found = _models("llama", tmp_path)
+    with pytest.raises(MergeError, match=r"reads \d+ inputs, and the data has 16 tokens"):
+        fit(PleasFit(), _problem(found["a"], found["b"], 1), PleasSettings(), tmp_path / "few")
+    deep = tiny_models.causal("llama", dtype=torch.float32, num_hidden_layers=3)
+    deep.save_pretrained(tmp_path / "deep")
+    models = {"b": open_model(str(tmp_path / "deep"))}
+    (line,) = other_depths(open_model(found["a"]), models)
+    assert line.startswith("source 'b': num_hidden_layers is 3, ")
+    assert line.endswith(" has 2; it needs models of one depth")
