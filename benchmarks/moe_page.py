@@ -219,8 +219,9 @@ The size is fixed, all else as published. *{RULE.capitalize()}* gives busy layer
 *{COUNTS.capitalize()}* tries every allocation of at least one expert to a layer
 ({tried}, so that no sampler is needed) and takes the best on the selection part.
 *{GROUPS.capitalize()}*: of {moves} random changes of who is merged with whom, those that lower the
-selection loss are kept, one after another. On the selection part a search cannot lose to a rule whose allocation it has tried: what it
-has found out shows on the report part. *Seeds* are those where the loss is lower than by the rule.
+selection loss are kept, one after another. On the selection part a search cannot lose to a rule
+whose allocation it has tried: what it has found out shows on the report part. *Seeds* are those
+where the loss is lower than by the rule.
 """.splitlines()
 
 
