@@ -73,7 +73,7 @@ Seeds = Sequence[Measured]
 
 def page(found: Mapping[str, Seeds], trials: int) -> str:
     """The whole page."""
-    lines = introduction(next(iter(found.values())))
+    lines = [*introduction(next(iter(found.values()))), ""]
     for kind, seeds in found.items():
         lines += [f"## {kind}s", "", *parents(seeds), "", "**At the size of one.**", ""]
         lines += [*at_one(seeds), "", *claims(seeds), "", *curve_text(), *curve(seeds), ""]
