@@ -25,7 +25,7 @@ from moe_page import PUBLISHED, Measured, page
 from moe_scores import MoeScores, Scored
 from moe_search import MOVES, searched
 
-from evomerge.merging.structure.moe_settings import ExpertSettings, Similarity
+from evomerge.merging.structure.experts.settings import ExpertSettings, Similarity
 
 KEEPS = (6, 4, 2)  # of 8 experts
 ROUNDS = 15

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.merging.fitted.calibration import Example
-from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_settings import ExpertSettings
-from evomerge.merging.structure.remapped import load_remapped
+from evomerge.merging.structure.experts.export import ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.remapped import load_remapped
+from evomerge.merging.structure.experts.settings import ExpertSettings
 
 FULL = "full"
 FORMS = ("replicated", "remapped", "collapsed")

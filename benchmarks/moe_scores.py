@@ -22,12 +22,12 @@ from torch.nn import functional
 from evomerge.checkpoints import Checkpoint
 from evomerge.merging.fitted.calibration import batches
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_layers import expert_layers
-from evomerge.merging.structure.moe_merge import MergedExperts
-from evomerge.merging.structure.moe_plan import Aligner, LayerPlan, plan_experts
-from evomerge.merging.structure.moe_settings import ExpertSettings
-from evomerge.merging.structure.moe_statistics import LayerStatistics, routing_statistics
+from evomerge.merging.structure.experts.export import ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.layers import expert_layers
+from evomerge.merging.structure.experts.merge import MergedExperts
+from evomerge.merging.structure.experts.plan import Aligner, LayerPlan, plan_experts
+from evomerge.merging.structure.experts.settings import ExpertSettings
+from evomerge.merging.structure.experts.statistics import LayerStatistics, routing_statistics
 
 BATCH = 256
 

@@ -16,9 +16,9 @@ from functools import partial
 from moe_scores import MoeScores, Scored
 from torch import Tensor
 
-from evomerge.merging.structure.moe_grouping import Groups
-from evomerge.merging.structure.moe_plan import LayerPlan, group_weights
-from evomerge.merging.structure.moe_settings import ExpertSettings
+from evomerge.merging.structure.experts.grouping import Groups
+from evomerge.merging.structure.experts.plan import LayerPlan, group_weights
+from evomerge.merging.structure.experts.settings import ExpertSettings
 
 RULE, UNIFORM = "the published rule", "the same in each layer"
 COUNTS, GROUPS = "search: experts by layer", "search: groups, from there"

@@ -36,9 +36,9 @@ from evomerge.merging.fitted.artifact import open_artifact
 from evomerge.merging.fitted.base import Fitter, Problem, fit
 from evomerge.merging.fitted.calibration import Calibration, Example
 from evomerge.merging.recipe import ModelRef, Recipe, Source
-from evomerge.merging.structure.fit import PermutationFit
-from evomerge.merging.structure.pleas_fit import PleasFit
-from evomerge.merging.structure.pleas_model import Pair
+from evomerge.merging.structure.architectures.permutation_fit import PermutationFit
+from evomerge.merging.structure.pleas.fit import PleasFit
+from evomerge.merging.structure.pleas.model import Pair
 
 TOKENS = 64
 JUMPS = 0.02  # share of the tokens that are drawn

@@ -15,12 +15,17 @@ from kept import Kept
 from pleas_digits import EPOCHS, NETWORKS, Part, accuracy, parents, parts, train
 from torch import Tensor, nn
 
-from evomerge.merging.structure.budget import scaled
-from evomerge.merging.structure.least_squares import Data, LeastSquaresSettings
-from evomerge.merging.structure.network_merge import MergedNetwork, Refitting, merged_network
-from evomerge.merging.structure.network_pair import Likeness, NetworkPair, matched
-from evomerge.merging.structure.pleas_networks import Amount, Worth, allocated, measured_worth
-from evomerge.merging.structure.tracer import traced_spec
+from evomerge.merging.structure.networks.merge import MergedNetwork, Refitting, merged_network
+from evomerge.merging.structure.networks.pair import Likeness, NetworkPair, matched
+from evomerge.merging.structure.networks.pleas_networks import (
+    Amount,
+    Worth,
+    allocated,
+    measured_worth,
+)
+from evomerge.merging.structure.partial.budget import scaled
+from evomerge.merging.structure.refit.least_squares import Data, LeastSquaresSettings
+from evomerge.merging.structure.tracing.tracer import traced_spec
 from evomerge.sampling.base import Told
 from evomerge.sampling.cmaes import cmaes_sampler
 from evomerge.spec import SamplerSpec

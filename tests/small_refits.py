@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from evomerge.merging.structure.activations import Live
-from evomerge.merging.structure.least_squares import (
+from evomerge.merging.structure.partial.partial import PartialMerge, Split
+from evomerge.merging.structure.permutations.activations import Live
+from evomerge.merging.structure.permutations.linear_layers import linear_layers, plain_modules
+from evomerge.merging.structure.permutations.permutation import Group, Spec
+from evomerge.merging.structure.permutations.units import Shapes, blocks, bound
+from evomerge.merging.structure.refit.least_squares import (
     Data,
     LeastSquaresSettings,
     Merged,
     Refit,
     refit,
 )
-from evomerge.merging.structure.linear_layers import linear_layers, plain_modules
-from evomerge.merging.structure.partial import PartialMerge, Split
-from evomerge.merging.structure.permutation import Group, Spec
-from evomerge.merging.structure.units import Shapes, blocks, bound
 
 PLAIN = LeastSquaresSettings(ridge=0.0)
 SEQUENTIAL = LeastSquaresSettings(form="sequential", ridge=0.0)

@@ -21,8 +21,8 @@ from evomerge.calibration.request import tokenizer_of
 from evomerge.checkpoints.adapted import open_models
 from evomerge.documents import read_yaml
 from evomerge.errors import SpecError
-from evomerge.merging.structure.moe_export import ExpertProblem
-from evomerge.merging.structure.moe_settings import ExpertSettings
+from evomerge.merging.structure.experts.export import ExpertProblem
+from evomerge.merging.structure.experts.settings import ExpertSettings
 from evomerge.spec import locate, nearest, problems
 
 _KEYS = ("model", "experts", "calibration", "seed")

@@ -12,9 +12,9 @@ from typing import Any
 from evomerge.calibration.request import tokenizer_of
 from evomerge.checkpoints.adapted import open_models
 from evomerge.errors import SpecError
-from evomerge.merging.structure.mixture_export import MixtureProblem
-from evomerge.merging.structure.mixture_gates import Prompts
-from evomerge.merging.structure.mixture_recipe import MixtureExpert, MixtureRecipe, load_mixture
+from evomerge.merging.structure.mixture.export import MixtureProblem
+from evomerge.merging.structure.mixture.gates import Prompts
+from evomerge.merging.structure.mixture.recipe import MixtureExpert, MixtureRecipe, load_mixture
 
 
 def open_mixture_problem(path: Path, *, device: str) -> MixtureProblem:

@@ -14,7 +14,7 @@ def merge_experts_of(recipe: Path, directory: Path, *, shard_bytes: int, device:
     """Merge with a progress bar on standard error; say how many experts each layer keeps."""
     from evomerge.calibration.experts import open_expert_problem
     from evomerge.merging.aside import check_free
-    from evomerge.merging.structure.moe_export import merge_experts
+    from evomerge.merging.structure.experts.export import merge_experts
 
     check_free(directory)
     with progress_bar() as bar:

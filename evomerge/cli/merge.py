@@ -63,7 +63,7 @@ def merge(
     from evomerge.merging.aside import check_free
     from evomerge.merging.recipe import ModelRef
     from evomerge.merging.recipe_file import load_recipe
-    from evomerge.merging.structure.mixture_recipe import wants_mixture
+    from evomerge.merging.structure.mixture.recipe import wants_mixture
 
     largest = size_in_bytes(shard_size)
     if wants_experts(recipe) or wants_mixture(recipe):

@@ -15,7 +15,7 @@ def make_mixture_of(recipe: Path, directory: Path, *, shard_bytes: int, device: 
     from evomerge.calibration.mixture import open_mixture_problem
     from evomerge.errors import SpecError
     from evomerge.merging.aside import check_free
-    from evomerge.merging.structure.mixture_export import make_mixture
+    from evomerge.merging.structure.mixture.export import make_mixture
 
     check_free(directory)
     with progress_bar() as bar:

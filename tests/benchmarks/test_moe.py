@@ -15,8 +15,8 @@ import pytest
 import torch
 from scipy import stats
 
-from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_settings import ExpertSettings
+from evomerge.merging.structure.experts.export import ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.settings import ExpertSettings
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SIZES = {"steps": 8, "batch": 4, "calibration": 6, "selection": 5, "report": 7}

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evomerge.cli.main import main
-from evomerge.merging.structure.remapped import load_remapped
+from evomerge.merging.structure.experts.remapped import load_remapped
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from evomerge.merging.fitted.gram import GramFit
 from evomerge.merging.fitted.greedy_soup import GreedySoupFit
 from evomerge.merging.fitted.learned_soup import LearnedSoupFit
 from evomerge.merging.fitted.sensitivity import SensitivityFit
-from evomerge.merging.structure.fit import PermutationFit
-from evomerge.merging.structure.pleas_fit import PleasFit
-from evomerge.merging.structure.routing_fit import RoutingFit
+from evomerge.merging.structure.architectures.permutation_fit import PermutationFit
+from evomerge.merging.structure.experts.routing_fit import RoutingFit
+from evomerge.merging.structure.pleas.fit import PleasFit
 from evomerge.spec import nearest
 
 _ALL: tuple[Fitter, ...] = (

@@ -13,7 +13,7 @@ from evomerge.checkpoints.weights import Model
 from evomerge.merging.methods.base import Fitted, Parameter
 from evomerge.merging.methods.structural import Built, Resolve, StructuralMethod
 from evomerge.merging.recipe import BASE, Recipe
-from evomerge.merging.structure.moe_settings import Similarity
+from evomerge.merging.structure.experts.settings import Similarity
 
 # Those of correlation need the inputs themselves, which no artifact holds.
 _SIMILARITY = tuple(
@@ -102,7 +102,9 @@ class MSmoe(StructuralMethod):
         return replace(recipe, parameters={"keep": keep})
 
     def build(self, members: Mapping[str, Model], fitted: Fitted | None, resolve: Resolve) -> Built:
-        from evomerge.merging.structure.moe_model import ExpertModel  # it needs the live network
+        from evomerge.merging.structure.experts.model import (
+            ExpertModel,  # it needs the live network
+        )
 
         assert fitted is not None  # a recipe without is refused
         (model,) = (model for name, model in members.items() if name != BASE)

@@ -17,7 +17,7 @@ from evomerge.merging.methods.structural import Built, Resolve, StructuralMethod
 from evomerge.merging.recipe import BASE, Recipe
 
 if TYPE_CHECKING:
-    from evomerge.merging.structure.pleas_model import Refitting
+    from evomerge.merging.structure.pleas.model import Refitting
 
 
 class Pleas(StructuralMethod):
@@ -105,8 +105,8 @@ class Pleas(StructuralMethod):
         return replace(recipe, parameters={"budget": budget}, sources=sources)
 
     def build(self, members: Mapping[str, Model], fitted: Fitted | None, resolve: Resolve) -> Built:
-        from evomerge.merging.structure.pleas_allocation import units_apart
-        from evomerge.merging.structure.pleas_model import PleasModel, Refitting, pair_of
+        from evomerge.merging.structure.pleas.allocation import units_apart
+        from evomerge.merging.structure.pleas.model import PleasModel, Refitting, pair_of
 
         assert fitted is not None  # a recipe without is refused
         names = sorted(name for name in members if name != BASE)

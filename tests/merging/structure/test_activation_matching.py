@@ -18,9 +18,10 @@ from evomerge.errors import MergeError, UserError
 from evomerge.merging.fitted.calibration import Example
 from evomerge.merging.fitted.gram import even_batches
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.structure.activations import Live, activation_matching
-from evomerge.merging.structure.linear_layers import modules_of
-from evomerge.merging.structure.permutation import (
+from evomerge.merging.structure.architectures.trial_network import TrialNetwork
+from evomerge.merging.structure.permutations.activations import Live, activation_matching
+from evomerge.merging.structure.permutations.linear_layers import modules_of
+from evomerge.merging.structure.permutations.permutation import (
     Bind,
     Group,
     Spec,
@@ -29,8 +30,7 @@ from evomerge.merging.structure.permutation import (
     inverse,
     random_permutations,
 )
-from evomerge.merging.structure.trial_network import TrialNetwork
-from evomerge.merging.structure.units import blocks
+from evomerge.merging.structure.permutations.units import blocks
 
 STATISTICS = ["correlation", "inner", "distance"]
 MIXTURES = ("mixtral", "moe", "deepseek", "switch")

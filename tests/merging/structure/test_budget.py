@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.budget import (
+from evomerge.merging.structure.partial.budget import (
     Costs,
     Term,
     bound,
@@ -21,7 +21,7 @@ from evomerge.merging.structure.budget import (
     solve,
     uniform,
 )
-from evomerge.merging.structure.shared_costs import Programme
+from evomerge.merging.structure.partial.shared_costs import Programme
 
 BUDGETS = [1.1, 1.3, 1.6, 1.85]
 

@@ -9,17 +9,17 @@ import torch
 from structure_configs import CONFIGS
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.check import FLOAT32, check
-from evomerge.merging.structure.families import spec_of
-from evomerge.merging.structure.permutation import (
+from evomerge.merging.structure.architectures.families import spec_of
+from evomerge.merging.structure.architectures.trial_network import TrialNetwork, prove
+from evomerge.merging.structure.permutations.check import FLOAT32, check
+from evomerge.merging.structure.permutations.permutation import (
     Bind,
     Group,
     Spec,
     apply,
     random_permutations,
 )
-from evomerge.merging.structure.trial_network import TrialNetwork, prove
-from evomerge.merging.structure.units import blocks
+from evomerge.merging.structure.permutations.units import blocks
 
 ATTENTION = "model.layers.0.self_attn."
 

@@ -7,9 +7,9 @@ import torch
 from structure_configs import CONFIGS, FULL_SIZE
 from torch import nn
 
-from evomerge.merging.structure.check import check
-from evomerge.merging.structure.families import FAMILIES, spec_of
-from evomerge.merging.structure.trial_network import prove
+from evomerge.merging.structure.architectures.families import FAMILIES, spec_of
+from evomerge.merging.structure.architectures.trial_network import prove
+from evomerge.merging.structure.permutations.check import check
 
 
 def test_every_family_is_tried():

@@ -18,9 +18,9 @@ from evomerge.merging.fitted.artifact import open_artifact
 from evomerge.merging.fitted.base import fit
 from evomerge.merging.fitted.registry import get
 from evomerge.merging.merge import open_merge
-from evomerge.merging.structure.families import spec_of
-from evomerge.merging.structure.permutation import apply, inverse, random_permutations
-from evomerge.merging.structure.trial_network import TrialNetwork
+from evomerge.merging.structure.architectures.families import spec_of
+from evomerge.merging.structure.architectures.trial_network import TrialNetwork
+from evomerge.merging.structure.permutations.permutation import apply, inverse, random_permutations
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "gpt2", "mixtral"])

@@ -23,14 +23,14 @@ from transformers.pytorch_utils import Conv1D
 from evomerge.errors import MergeError, UserError
 from evomerge.merging.methods.gram import System
 from evomerge.merging.methods.regmean import regmean
-from evomerge.merging.structure.activations import Live
-from evomerge.merging.structure.least_squares import (
+from evomerge.merging.structure.permutations.activations import Live
+from evomerge.merging.structure.permutations.linear_layers import plain_modules
+from evomerge.merging.structure.refit.least_squares import (
     Data,
     LeastSquaresSettings,
     refit,
 )
-from evomerge.merging.structure.linear_layers import plain_modules
-from evomerge.merging.structure.normal_equations import Gram
+from evomerge.merging.structure.refit.normal_equations import Gram
 
 
 class TestAgainstExplicitMatrices:

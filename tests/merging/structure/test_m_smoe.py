@@ -24,10 +24,14 @@ from evomerge.merging.materialise import Materialiser, load_model
 from evomerge.merging.merge import Merge, open_merge
 from evomerge.merging.methods.m_smoe import MSmoe
 from evomerge.merging.recipe import Group, ModelRef, Recipe, Source
-from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_model import shared_out
-from evomerge.merging.structure.moe_settings import ExpertSettings
-from evomerge.merging.structure.routing_fit import RoutingFit, RoutingSettings, read_statistics
+from evomerge.merging.structure.experts.export import ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.model import shared_out
+from evomerge.merging.structure.experts.routing_fit import (
+    RoutingFit,
+    RoutingSettings,
+    read_statistics,
+)
+from evomerge.merging.structure.experts.settings import ExpertSettings
 
 EXPERTS = 4
 

@@ -22,12 +22,12 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.checkpoints.adapted import open_model
 from evomerge.errors import ExportError, MergeError, NonFiniteTensor, SpecError
 from evomerge.merging.fitted.calibration import Example
-from evomerge.merging.structure import mixture_export
-from evomerge.merging.structure.mixture_export import MIXTURE_FILE, MixtureProblem, make_mixture
-from evomerge.merging.structure.mixture_gates import Prompts
-from evomerge.merging.structure.mixture_recipe import MixtureExpert, MixtureRecipe
-from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_settings import ExpertSettings
+from evomerge.merging.structure.experts.export import ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.settings import ExpertSettings
+from evomerge.merging.structure.mixture import export as mixture_export
+from evomerge.merging.structure.mixture.export import MIXTURE_FILE, MixtureProblem, make_mixture
+from evomerge.merging.structure.mixture.gates import Prompts
+from evomerge.merging.structure.mixture.recipe import MixtureExpert, MixtureRecipe
 
 Dense = Callable[..., Path]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evomerge.calibration.mixture import open_mixture_problem
-from evomerge.merging.structure.mixture_export import make_mixture
+from evomerge.merging.structure.mixture.export import make_mixture
 
 PROGRAM = os.environ.get("MERGEKIT_MOE") or shutil.which("mergekit-moe")
 pytestmark = [

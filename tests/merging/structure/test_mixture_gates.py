@@ -16,9 +16,9 @@ from evomerge.calibration.mixture import open_mixture_problem
 from evomerge.checkpoints import Checkpoint
 from evomerge.documents import read_yaml
 from evomerge.errors import SpecError
-from evomerge.merging.structure.mixture_export import make_mixture
-from evomerge.merging.structure.mixture_gates import Prompts, conditions, gate_rows
-from evomerge.merging.structure.mixture_recipe import load_mixture, wants_mixture
+from evomerge.merging.structure.mixture.export import make_mixture
+from evomerge.merging.structure.mixture.gates import Prompts, conditions, gate_rows
+from evomerge.merging.structure.mixture.recipe import load_mixture, wants_mixture
 
 PROMPTS = [
     Prompts(((1, 5, 9, 12), (1, 7)), ((1, 30, 31),)),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import MergeError
-from evomerge.merging.structure import moe_export
-from evomerge.merging.structure.moe_alignment import (
+from evomerge.merging.structure.experts import export as moe_export
+from evomerge.merging.structure.experts.alignment import (
     correlation,
     hidden,
     matched,
@@ -23,12 +23,12 @@ from evomerge.merging.structure.moe_alignment import (
     outputs_of,
     permuted,
 )
-from evomerge.merging.structure.moe_export import EXPERTS_FILE, ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_grouping import Groups
-from evomerge.merging.structure.moe_layers import expert_layers
-from evomerge.merging.structure.moe_merge import MergedExperts
-from evomerge.merging.structure.moe_plan import Aligner, LayerPlan
-from evomerge.merging.structure.moe_settings import ExpertSettings
+from evomerge.merging.structure.experts.export import EXPERTS_FILE, ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.grouping import Groups
+from evomerge.merging.structure.experts.layers import expert_layers
+from evomerge.merging.structure.experts.merge import MergedExperts
+from evomerge.merging.structure.experts.plan import Aligner, LayerPlan
+from evomerge.merging.structure.experts.settings import ExpertSettings
 
 AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
 PLAIN = {"wi.weight": 0, "wi.bias": 0, "wo.weight": 1, "wo.bias": None}
@@ -125,7 +125,7 @@ def test_another_formula_than_the_live_experts_is_refused(mixtral: Path, tmp_pat
     """A config whose activation function is not what its experts use."""
     problem = _problem(mixtral)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evomerge.merging.structure.moe_statistics.activation_name",
+        patch.setattr("evomerge.merging.structure.experts.statistics.activation_name",
                       lambda config: "relu")  # fmt: skip
         with pytest.raises(MergeError, match="take `alignment_by: weights`"):
             merge_experts(problem, tmp_path / "out")

@@ -21,15 +21,15 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CheckpointError, MergeError
 from evomerge.merging.fitted.calibration import Example, batches
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.structure import moe_compress
-from evomerge.merging.structure.compressed_model import COMPRESSED_FILE, COMPRESSION_FILE
-from evomerge.merging.structure.moe_compression import Compressed, decomposed
-from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
-from evomerge.merging.structure.moe_pruning import remaining
-from evomerge.merging.structure.moe_settings import CompressSettings, ExpertSettings
-from evomerge.merging.structure.moe_size import compressed_parameters, moe_parameters
-from evomerge.merging.structure.remapped import load_remapped
+from evomerge.merging.structure.experts import compress as moe_compress
+from evomerge.merging.structure.experts.compressed_model import COMPRESSED_FILE, COMPRESSION_FILE
+from evomerge.merging.structure.experts.compression import Compressed, decomposed
+from evomerge.merging.structure.experts.export import ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.layers import ExpertLayer, expert_layers
+from evomerge.merging.structure.experts.pruning import remaining
+from evomerge.merging.structure.experts.remapped import load_remapped
+from evomerge.merging.structure.experts.settings import CompressSettings, ExpertSettings
+from evomerge.merging.structure.experts.size import compressed_parameters, moe_parameters
 
 _ZERO_SHOT = {"rank": 2, "density": 0.25}
 _TRAINED = {

@@ -8,7 +8,11 @@ import torch
 from transformers import get_linear_schedule_with_warmup
 
 from evomerge.merging.fitted.calibration import Example, batch
-from evomerge.merging.structure.moe_distillation import distillation_loss, divergence, learning_rate
+from evomerge.merging.structure.experts.distillation import (
+    distillation_loss,
+    divergence,
+    learning_rate,
+)
 
 
 def _softmax(z: np.ndarray) -> np.ndarray:

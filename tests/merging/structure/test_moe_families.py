@@ -15,13 +15,13 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.calibration import Example, batch
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.structure.moe_alignment import permuted
-from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_layers import expert_layers, top_k
-from evomerge.merging.structure.moe_plan import LayerPlan
-from evomerge.merging.structure.moe_settings import ExpertSettings
-from evomerge.merging.structure.moe_statistics import LayerStatistics, routing_statistics
-from evomerge.merging.structure.remapped import load_remapped
+from evomerge.merging.structure.experts.alignment import permuted
+from evomerge.merging.structure.experts.export import ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.layers import expert_layers, top_k
+from evomerge.merging.structure.experts.plan import LayerPlan
+from evomerge.merging.structure.experts.remapped import load_remapped
+from evomerge.merging.structure.experts.settings import ExpertSettings
+from evomerge.merging.structure.experts.statistics import LayerStatistics, routing_statistics
 
 
 @pytest.fixture(scope="module", params=small_experts.EVERY)

@@ -10,8 +10,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.moe_alignment import matched, permuted
-from evomerge.merging.structure.moe_grouping import (
+from evomerge.merging.structure.experts.alignment import matched, permuted
+from evomerge.merging.structure.experts.grouping import (
     Groups,
     adaptive_counts,
     by_clusters,
@@ -20,9 +20,9 @@ from evomerge.merging.structure.moe_grouping import (
     cosine,
     distances,
 )
-from evomerge.merging.structure.moe_plan import group_weights
-from evomerge.merging.structure.moe_settings import ExpertSettings
-from evomerge.merging.structure.moe_size import compressed_parameters, moe_parameters
+from evomerge.merging.structure.experts.plan import group_weights
+from evomerge.merging.structure.experts.settings import ExpertSettings
+from evomerge.merging.structure.experts.size import compressed_parameters, moe_parameters
 
 SWITCH = 2 * 768 * 3072
 

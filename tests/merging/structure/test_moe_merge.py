@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints import Checkpoint
 from evomerge.checkpoints.adapted import open_models
 from evomerge.errors import CheckpointError, ExportError, MergeError, NonFiniteTensor
-from evomerge.merging.structure import moe_export
-from evomerge.merging.structure.moe_alignment import permuted
-from evomerge.merging.structure.moe_export import EXPERTS_FILE, ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_grouping import Groups
-from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
-from evomerge.merging.structure.moe_merge import MergedExperts
-from evomerge.merging.structure.moe_plan import LayerPlan
-from evomerge.merging.structure.moe_router import LogSumExpFit, collapsed
-from evomerge.merging.structure.moe_settings import ExpertSettings, Similarity
-from evomerge.merging.structure.remapped import load_remapped
+from evomerge.merging.structure.experts import export as moe_export
+from evomerge.merging.structure.experts.alignment import permuted
+from evomerge.merging.structure.experts.export import EXPERTS_FILE, ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.grouping import Groups
+from evomerge.merging.structure.experts.layers import ExpertLayer, expert_layers
+from evomerge.merging.structure.experts.merge import MergedExperts
+from evomerge.merging.structure.experts.plan import LayerPlan
+from evomerge.merging.structure.experts.remapped import load_remapped
+from evomerge.merging.structure.experts.router import LogSumExpFit, collapsed
+from evomerge.merging.structure.experts.settings import ExpertSettings, Similarity
 
 Change = Callable[[dict[str, Tensor], tuple[ExpertLayer, ...]], None]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.merging.structure.moe_pruning import blended, kept_rows, remaining, row_importance
+from evomerge.merging.structure.experts.pruning import blended, kept_rows, remaining, row_importance
 
 _PAPER = {"steps": 10000, "dense": 400, "settled": 1600, "density": 0.1}
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.calibration import Example
-from evomerge.merging.structure.moe_export import ExpertProblem, merge_experts
-from evomerge.merging.structure.moe_grouping import Groups
-from evomerge.merging.structure.moe_layers import expert_layers
-from evomerge.merging.structure.moe_merge import MergedExperts
-from evomerge.merging.structure.moe_plan import LayerPlan
-from evomerge.merging.structure.moe_router_distillation import distilled_routers
-from evomerge.merging.structure.moe_settings import ExpertSettings
-from evomerge.merging.structure.remapped import load_remapped
+from evomerge.merging.structure.experts.export import ExpertProblem, merge_experts
+from evomerge.merging.structure.experts.grouping import Groups
+from evomerge.merging.structure.experts.layers import expert_layers
+from evomerge.merging.structure.experts.merge import MergedExperts
+from evomerge.merging.structure.experts.plan import LayerPlan
+from evomerge.merging.structure.experts.remapped import load_remapped
+from evomerge.merging.structure.experts.router_distillation import distilled_routers
+from evomerge.merging.structure.experts.settings import ExpertSettings
 
 DISTILLED: dict[str, Any] = {
     "keep": 2, "router": "distilled", "router_steps": 24, "router_learning_rate": 0.02,

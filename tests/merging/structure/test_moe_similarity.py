@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.structure import moe_gradients
-from evomerge.merging.structure.moe_gradients import add_gradients
-from evomerge.merging.structure.moe_layers import ExpertLayer, expert_layers
-from evomerge.merging.structure.moe_settings import ExpertSettings, Similarity
-from evomerge.merging.structure.moe_similarity import similarity_gram
-from evomerge.merging.structure.moe_statistics import LayerStatistics, routing_statistics
+from evomerge.merging.structure.experts import gradients as moe_gradients
+from evomerge.merging.structure.experts.gradients import add_gradients
+from evomerge.merging.structure.experts.layers import ExpertLayer, expert_layers
+from evomerge.merging.structure.experts.settings import ExpertSettings, Similarity
+from evomerge.merging.structure.experts.similarity import similarity_gram
+from evomerge.merging.structure.experts.statistics import LayerStatistics, routing_statistics
 
 BASES: tuple[Similarity, ...] = get_args(Similarity)
 AT = 1  # the layer that is looked at

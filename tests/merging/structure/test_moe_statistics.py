@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from evomerge.checkpoints import Checkpoint
 from evomerge.errors import MergeError
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.structure.moe_layers import expert_count_keys, expert_layers, top_k
-from evomerge.merging.structure.moe_plan import Aligner
-from evomerge.merging.structure.moe_statistics import LayerStatistics, routing_statistics
+from evomerge.merging.structure.experts.layers import expert_count_keys, expert_layers, top_k
+from evomerge.merging.structure.experts.plan import Aligner
+from evomerge.merging.structure.experts.statistics import LayerStatistics, routing_statistics
 
 
 @pytest.fixture(scope="module", params=[*small_experts.FAMILIES, "deepseek_v2", "deepseek_v3"])

@@ -9,13 +9,17 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from evomerge.merging.structure.budget import Costs, Term
-from evomerge.merging.structure.families import spec_of
-from evomerge.merging.structure.linear_layers import linear_layers, modules_of, plain_modules
-from evomerge.merging.structure.multiply_adds import counted, layer_terms, positions
-from evomerge.merging.structure.partial import PartialMerge, split
-from evomerge.merging.structure.permutation import Bind, Group, Spec
-from evomerge.merging.structure.units import blocks
+from evomerge.merging.structure.architectures.families import spec_of
+from evomerge.merging.structure.partial.budget import Costs, Term
+from evomerge.merging.structure.partial.multiply_adds import counted, layer_terms, positions
+from evomerge.merging.structure.partial.partial import PartialMerge, split
+from evomerge.merging.structure.permutations.linear_layers import (
+    linear_layers,
+    modules_of,
+    plain_modules,
+)
+from evomerge.merging.structure.permutations.permutation import Bind, Group, Spec
+from evomerge.merging.structure.permutations.units import blocks
 
 IMAGES = torch.zeros(2, 3, 8, 8)
 

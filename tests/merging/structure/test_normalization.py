@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evomerge.errors import MergeError, NonFiniteModel, UserError
-from evomerge.merging.structure.normalization import repair, reset_batch_norm
+from evomerge.merging.structure.refit.normalization import repair, reset_batch_norm
 
 
 def images(n=24, seed=0):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.linear_layers import linear_layers, plain_modules
-from evomerge.merging.structure.partial import PartialMerge, Split, split
-from evomerge.merging.structure.permutation import Bind, Group, Spec
-from evomerge.merging.structure.units import blocks, bound
+from evomerge.merging.structure.partial.partial import PartialMerge, Split, split
+from evomerge.merging.structure.permutations.linear_layers import linear_layers, plain_modules
+from evomerge.merging.structure.permutations.permutation import Bind, Group, Spec
+from evomerge.merging.structure.permutations.units import blocks, bound
 
 HIDDEN = (6, 4)
 

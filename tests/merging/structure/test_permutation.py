@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.permutation import (
+from evomerge.merging.structure.architectures.trial_network import TrialNetwork
+from evomerge.merging.structure.permutations.permutation import (
     Bind,
     Group,
     Spec,
@@ -20,8 +21,7 @@ from evomerge.merging.structure.permutation import (
     random_permutations,
     whole_tensors,
 )
-from evomerge.merging.structure.trial_network import TrialNetwork
-from evomerge.merging.structure.units import blocks
+from evomerge.merging.structure.permutations.units import blocks
 
 NESTED = {"model_type": "mixtral"}  # query heads, value channels and neurons lie inside others
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.merging.structure import families
+from evomerge.merging.structure.architectures import families
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "permutations.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)

@@ -22,9 +22,9 @@ from evomerge.merging.fitted.base import Problem, fit
 from evomerge.merging.fitted.calibration import Calibration
 from evomerge.merging.merge import Merge
 from evomerge.merging.recipe import ModelRef, Recipe, Source
-from evomerge.merging.structure.linear_layers import Layer
-from evomerge.merging.structure.pleas_fit import PleasFit, PleasSettings
-from evomerge.merging.structure.pleas_model import Pair, PleasModel, Refitting
+from evomerge.merging.structure.permutations.linear_layers import Layer
+from evomerge.merging.structure.pleas.fit import PleasFit, PleasSettings
+from evomerge.merging.structure.pleas.model import Pair, PleasModel, Refitting
 
 FAMILIES = ["llama", "llama-tied", "qwen2", "qwen3", "gpt2"]
 

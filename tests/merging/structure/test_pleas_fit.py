@@ -22,8 +22,8 @@ from evomerge.merging.fitted.base import Problem, fit
 from evomerge.merging.fitted.calibration import Calibration, Example
 from evomerge.merging.merge import Merge
 from evomerge.merging.recipe import ModelRef, Recipe, Source
-from evomerge.merging.structure.pleas_fit import PleasFit, PleasSettings
-from evomerge.merging.structure.pleas_model import Pair, PleasModel
+from evomerge.merging.structure.pleas.fit import PleasFit, PleasSettings
+from evomerge.merging.structure.pleas.model import Pair, PleasModel
 
 SEQUENTIAL = {"budget": 1.3, "allocation": "uniform", "ridge": 1e-4}
 
@@ -155,7 +155,7 @@ def test_interrupted_between_layers_it_refits_them_again(tmp_path, monkeypatch):
 
 
 def _interrupted_solving(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
-    from evomerge.merging.structure.normal_equations import Equations
+    from evomerge.merging.structure.refit.normal_equations import Equations
 
     solve, solved = Equations.solved, list[int]()
 

@@ -12,9 +12,9 @@ import yaml
 
 from evomerge.calibration.request import load_request
 from evomerge.merging.fitted.registry import FITTERS
-from evomerge.merging.structure.network_merge import Refitting
-from evomerge.merging.structure.network_pair import Likeness, Statistic
-from evomerge.merging.structure.pleas_networks import Allocation, Amount
+from evomerge.merging.structure.networks.merge import Refitting
+from evomerge.merging.structure.networks.pair import Likeness, Statistic
+from evomerge.merging.structure.networks.pleas_networks import Allocation, Amount
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "pleas.md"
 TEXT = GUIDE.read_text(encoding="utf-8")

@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evomerge.errors import CheckpointError, ExportError, MergeError, UserError
-from evomerge.merging.structure.activation_moments import run
-from evomerge.merging.structure.least_squares import Data, LeastSquaresSettings
-from evomerge.merging.structure.matching import mean
-from evomerge.merging.structure.multiply_adds import counted
-from evomerge.merging.structure.network_merge import Refitting, merged_network
-from evomerge.merging.structure.network_pair import matched
-from evomerge.merging.structure.network_saves import load_network, save_network
-from evomerge.merging.structure.permutation import apply, random_permutations
-from evomerge.merging.structure.pleas_networks import (
+from evomerge.merging.structure.networks.merge import Refitting, merged_network
+from evomerge.merging.structure.networks.pair import matched
+from evomerge.merging.structure.networks.pleas_networks import (
     Amount,
     Worth,
     allocated,
     measured_worth,
     pleas,
 )
-from evomerge.merging.structure.resizing import resized
-from evomerge.merging.structure.tracer import traced_spec
+from evomerge.merging.structure.networks.resizing import resized
+from evomerge.merging.structure.networks.saves import load_network, save_network
+from evomerge.merging.structure.partial.multiply_adds import counted
+from evomerge.merging.structure.permutations.matching import mean
+from evomerge.merging.structure.permutations.permutation import apply, random_permutations
+from evomerge.merging.structure.refit.activation_moments import run
+from evomerge.merging.structure.refit.least_squares import Data, LeastSquaresSettings
+from evomerge.merging.structure.tracing.tracer import traced_spec
 
 PLAIN = Refitting(least_squares=None, normalization="kept")
 KEPT = Refitting(normalization="kept")

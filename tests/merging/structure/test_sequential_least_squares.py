@@ -9,16 +9,16 @@ from small_refits import SEQUENTIAL, deep, layers_of, live, merge_of, refitted, 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evomerge.merging.structure.activations import Live
-from evomerge.merging.structure.least_squares import (
+from evomerge.merging.structure.partial.partial import PartialMerge
+from evomerge.merging.structure.permutations.activations import Live
+from evomerge.merging.structure.permutations.linear_layers import linear_layers, modules_of
+from evomerge.merging.structure.permutations.permutation import Spec
+from evomerge.merging.structure.refit.least_squares import (
     Data,
     LeastSquaresSettings,
     Merged,
     refit,
 )
-from evomerge.merging.structure.linear_layers import linear_layers, modules_of
-from evomerge.merging.structure.partial import PartialMerge
-from evomerge.merging.structure.permutation import Spec
 
 
 class TestSequential:

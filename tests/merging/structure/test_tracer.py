@@ -11,12 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.check import check
-from evomerge.merging.structure.families import spec_of
-from evomerge.merging.structure.matching import weight_matching
-from evomerge.merging.structure.permutation import Spec, apply, inverse, random_permutations
-from evomerge.merging.structure.tracer import traced_spec
-from evomerge.merging.structure.trial_network import TrialNetwork, random_tensor
+from evomerge.merging.structure.architectures.families import spec_of
+from evomerge.merging.structure.architectures.trial_network import TrialNetwork, random_tensor
+from evomerge.merging.structure.permutations.check import check
+from evomerge.merging.structure.permutations.matching import weight_matching
+from evomerge.merging.structure.permutations.permutation import (
+    Spec,
+    apply,
+    inverse,
+    random_permutations,
+)
+from evomerge.merging.structure.tracing.tracer import traced_spec
 
 
 def pixels(channels=3, size=8):

@@ -9,15 +9,15 @@ import torch
 from structure_configs import CONFIGS
 
 from evomerge.errors import MergeError
-from evomerge.merging.structure.matching import assignment, mean, weight_matching
-from evomerge.merging.structure.permutation import (
+from evomerge.merging.structure.architectures.trial_network import TrialNetwork
+from evomerge.merging.structure.permutations.matching import assignment, mean, weight_matching
+from evomerge.merging.structure.permutations.permutation import (
     apply,
     compose,
     identity,
     inverse,
     random_permutations,
 )
-from evomerge.merging.structure.trial_network import TrialNetwork
 
 
 def planted(name, seed):

@@ -16,12 +16,12 @@ from evomerge.errors import MergeError
 from evomerge.merging.fitted.calibration import Example, batch
 from evomerge.merging.fitted.gram import linear_layers as own_layers
 from evomerge.merging.fitted.network import Network
-from evomerge.merging.structure.families import FAMILIES, spec_of
-from evomerge.merging.structure.linear_layers import linear_layers
-from evomerge.merging.structure.permutation import in_place
-from evomerge.merging.structure.pleas_fit import one_module
-from evomerge.merging.structure.pleas_live import shapes_of, widened_network
-from evomerge.merging.structure.pleas_model import Pair, PleasModel, Refitting, order_key
+from evomerge.merging.structure.architectures.families import FAMILIES, spec_of
+from evomerge.merging.structure.permutations.linear_layers import linear_layers
+from evomerge.merging.structure.permutations.permutation import in_place
+from evomerge.merging.structure.pleas.fit import one_module
+from evomerge.merging.structure.pleas.live import shapes_of, widened_network
+from evomerge.merging.structure.pleas.model import Pair, PleasModel, Refitting, order_key
 
 TOKENS = batch([Example(tuple(range(3, 15)))])
 LENGTH = 12.0

@@ -1,0 +1,1 @@
+"""Experts of one mixture grouped, merged, compressed, and loaded again."""

@@ -1,0 +1,1 @@
+"""Dense models made the experts of a mixture."""

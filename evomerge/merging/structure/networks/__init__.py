@@ -1,0 +1,1 @@
+"""PLeaS of any two networks of torch modules."""

@@ -1,0 +1,1 @@
+"""Two networks in one: what of them stays apart, and what that costs."""

@@ -1,0 +1,1 @@
+"""Permutations of units: as data, applied, and found by matching two networks."""

@@ -1,0 +1,1 @@
+"""Which units any network has, found by following axes through its graph."""
