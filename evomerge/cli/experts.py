@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from evomerge.cli.bars import progress_bar
+from evomerge.cli.bars import going_on, progress_bar
 from evomerge.cli.device import device_here
 
 
@@ -25,13 +25,8 @@ def merge_experts_of(recipe: Path, directory: Path, *, shard_bytes: int, device:
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        try:
+        with going_on(bar.stop, "where it was"):
             plans = merge_experts(problem, directory, shard_bytes=shard_bytes, progress=show)
-        except KeyboardInterrupt:
-            bar.stop()
-            hint = "the same command goes on after the last whole file"
-            typer.echo(f"evomerge: interrupted; {hint}", err=True)
-            raise typer.Exit(130) from None
     kept = ", ".join(str(len(plan.groups.members)) for plan in plans)
     typer.echo(f"experts kept in each layer: {kept}", err=True)
     typer.echo(f"wrote {directory}", err=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.bars import progress_bar
+from evomerge.cli.bars import going_on, progress_bar
 from evomerge.cli.device import Device, device_here
 from evomerge.errors import ExportError
 
@@ -60,12 +60,8 @@ def fit_recipe(path: Path, directory: Path, *, device: str) -> None:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             note=lambda text: bar.console.print(text, highlight=False),
         )
-        try:
+        with going_on(bar.stop, "where it was"):
             run(request.fitter, problem, request.settings, directory, watch=watch)
-        except KeyboardInterrupt:
-            bar.stop()
-            typer.echo("evomerge: interrupted; the same command goes on where it was", err=True)
-            raise typer.Exit(130) from None
     typer.echo(f"wrote {directory}", err=True)
 
 

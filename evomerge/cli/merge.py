@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
-from evomerge.cli.bars import byte_bar
+from evomerge.cli.bars import byte_bar, going_on
 from evomerge.cli.device import Device
 from evomerge.cli.experts import merge_experts_of
 from evomerge.cli.fit import fit_recipe
@@ -116,14 +116,9 @@ def export_recipe(recipe: Recipe, directory: Path, *, shard_bytes: int | None = 
                 drawn.enter_context(bar)
             bar.update(task, completed=done, total=total)
 
-        try:
-            size = shard_bytes or SHARD_BYTES
+        size = shard_bytes or SHARD_BYTES
+        with going_on(drawn.close, "after the last whole file"):
             export(recipe, directory, shard_bytes=size, progress=progress, note=said.append)
-        except KeyboardInterrupt:
-            drawn.close()
-            hint = "the same command goes on after the last whole file"
-            typer.echo(f"evomerge: interrupted; {hint}", err=True)
-            raise typer.Exit(130) from None
     for line in said:
         typer.echo(line, err=True)
     typer.echo(f"wrote {directory}", err=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from evomerge.cli.bars import progress_bar
+from evomerge.cli.bars import going_on, progress_bar
 from evomerge.cli.device import device_here
 
 
@@ -26,12 +26,8 @@ def make_mixture_of(recipe: Path, directory: Path, *, shard_bytes: int, device: 
             bar.update(task, description=what, completed=done, total=total)
 
         try:
-            made = make_mixture(problem, directory, shard_bytes=shard_bytes, progress=show)
+            with going_on(bar.stop, "after the last whole file"):
+                made = make_mixture(problem, directory, shard_bytes=shard_bytes, progress=show)
         except SpecError as error:
             raise SpecError(str(recipe), error.problems) from None
-        except KeyboardInterrupt:
-            bar.stop()
-            hint = "the same command goes on after the last whole file"
-            typer.echo(f"evomerge: interrupted; {hint}", err=True)
-            raise typer.Exit(130) from None
     typer.echo(f"wrote {directory}: {made.architecture}, {len(problem.experts)} experts", err=True)
