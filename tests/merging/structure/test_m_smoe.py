@@ -194,3 +194,10 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, artifact, tmp_path):
     other = small_experts.folder("qwen2_moe", tmp_path / "qwen")
     with pytest.raises(MergeError, match="was another model when it was fitted"):
         open_merge(_recipe(other, artifact, keep=2.0))
+
+
+def test_it_says_how_many_experts_are_kept(folder, artifact):
+    merge = _merge(
+        _recipe(folder, artifact, keep=2.0, allocation="shares", share={"blocks": [1.0, 9.0]})
+    )
+    assert merge.structure == "experts kept in each layer: 1, 3 of 4, written in all places"

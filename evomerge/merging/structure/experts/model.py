@@ -72,7 +72,7 @@ class ExpertModel(Seen):
     @property
     def structure(self) -> str:
         """How many experts are left of each layer's."""
-        kept = ", ".join(str(len(plan.groups.leaders)) for plan in self.plans)
+        kept = ", ".join(str(len(plan.groups.members)) for plan in self.plans)
         return f"experts kept in each layer: {kept} of {self._experts}, written in all places"
 
     def fingerprint(self, name: str) -> Hashable:
