@@ -30,7 +30,8 @@ class MSmoe(StructuralMethod):
     The result has the shapes of the model; `evomerge merge` with `experts:` writes a small one.
 
     Source: Li et al. 2024, arXiv:2310.01334; clusters: Chen et al. 2025, arXiv:2410.08589. Ours:
-    layers' shares in place of the published allocation, the exponent, alignment to the dominant.
+    layers' shares in place of the published allocation, the exponent, alignment to the dominant,
+    rows by their length where experts are cut to a rank.
     """
 
     name = "m_smoe"
@@ -89,6 +90,31 @@ class MSmoe(StructuralMethod):
             "whose order of neurons experts take: first (as published), dominant, none",
             choices=("first", "dominant", "none"),
         ),
+        Parameter(
+            "rank",
+            "recipe",
+            "float",
+            0.0,
+            "of MC-SMoE: matrices become a product of that rank, on average, and rows; 0: whole",
+            low=0.0,
+        ),
+        Parameter(
+            "rank_share",
+            "recipe",
+            "float",
+            1.0,
+            "the rank of a layer in proportion to others, the numbers in all staying the same",
+            low=1e-3,
+        ),
+        Parameter(
+            "density",
+            "recipe",
+            "float",
+            0.1,
+            "with `rank`, the share of rows, the longest, of what the product leaves",
+            low=0.0,
+            high=1.0,
+        ),
     )
     needs_base = False
     takes_base = True
@@ -99,7 +125,8 @@ class MSmoe(StructuralMethod):
         keep = recipe.parameters.get("keep", self.parameters[0].default)
         if isinstance(keep, int | float):  # the adaptive rule takes whole numbers
             keep = float(round(keep))
-        return replace(recipe, parameters={"keep": keep})
+        size = {k: v for k, v in recipe.parameters.items() if k in ("rank", "density")}
+        return replace(recipe, parameters={"keep": keep, **size})
 
     def build(self, members: Mapping[str, Model], fitted: Fitted | None, resolve: Resolve) -> Built:
         from evomerge.merging.structure.experts.model import (

@@ -201,3 +201,46 @@ def test_it_says_how_many_experts_are_kept(folder, artifact):
         _recipe(folder, artifact, keep=2.0, allocation="shares", share={"blocks": [1.0, 9.0]})
     )
     assert merge.structure == "experts kept in each layer: 1, 3 of 4, written in all places"
+
+
+def test_ranks_are_shared_out_at_one_size_and_matrices_cut_to_them(folder, artifact):
+    whole = _merge(_recipe(folder, artifact, keep=2.0, allocation="shares"))
+    cut = _merge(
+        _recipe(folder, artifact, keep=2.0, allocation="shares", rank=4.0, density=0.25,
+                rank_share={"blocks": [1.0, 3.0]})
+    )  # fmt: skip
+    model = cut.anchor
+    assert model.structure.endswith("; matrices of rank 2, 6 and 25% of rows")
+    for name in whole.names:
+        before, after = whole.tensor(name), cut.tensor(name)
+        if ".experts." not in name:
+            assert torch.equal(before, after), name
+            continue
+        rank = 2 if ".layers.0." in name else 6
+        q, sigma, r = torch.linalg.svd(before.double(), full_matrices=False)
+        product = (q[:, :rank] * sigma[:rank]) @ r[:rank]
+        rest = before.double() - product
+        rows = rest.norm(dim=1).argsort(descending=True)[: round(0.25 * len(rest))]
+        product[rows] += rest[rows]
+        assert torch.allclose(after.double(), product, atol=1e-6), name
+    assert cut.fingerprint(whole.names[0]) == whole.fingerprint(whole.names[0])
+
+
+def test_a_rank_beyond_a_matrix_leaves_it_whole_and_lists_are_compressed(
+    folder, artifact, tmp_path
+):
+    whole = _merge(_recipe(folder, artifact, keep=2.0))
+    same = _merge(_recipe(folder, artifact, keep=2.0, rank=500.0))
+    assert all(torch.equal(whole.tensor(n), same.tensor(n)) for n in whole.names)
+    compress = {"rank": [2, 6], "density": 0.0}
+    settings = ExpertSettings(keep=2, allocation="uniform", compress=compress)
+    problem = ExpertProblem(open_model(str(folder)), small_experts.examples(), settings)
+    merge_experts(problem, tmp_path / "experts")
+    found = load_file(tmp_path / "experts" / "model.safetensors")
+    for name, tensor in found.items():
+        if ".experts." in name:
+            rank = 2 if ".layers.0." in name else 6
+            assert torch.linalg.matrix_rank(tensor.double(), rtol=1e-5) == rank, name
+    settings = ExpertSettings(keep=2, allocation="uniform", compress={"rank": [2, 6, 6]})
+    with pytest.raises(MergeError, match="rank: lists 3, expected one for each of 2 layers"):
+        merge_experts(replace(problem, settings=settings), tmp_path / "three")

@@ -62,7 +62,11 @@ def check_compressible(
         raise MergeError(
             "experts.compress: all layers are skipped, so there is nothing to compress"
         )
-    for layer in (layers[at] for at in places):
+    ranks = settings.compress.ranks(len(layers))
+    if len(ranks) != len(layers):
+        raise MergeError(f"experts.compress.rank: lists {len(ranks)}, expected one for each of"
+                         f" {len(layers)} layers with experts")  # fmt: skip
+    for layer, rank in ((layers[at], ranks[at]) for at in places):
         for role in layer.roles:
             name = layer.name(0, role)
             shape = model.shape(name)
@@ -70,9 +74,9 @@ def check_compressible(
                 raise MergeError(
                     f"{name}: is no matrix, {list(shape)}; experts with biases cannot be compressed"
                 )
-            if settings.compress.rank > min(shape):
+            if rank > min(shape):
                 raise MergeError(
-                    f"experts.compress.rank: {settings.compress.rank}, expected 1 to {min(shape)}:"
+                    f"experts.compress.rank: {rank}, expected 1 to {min(shape)}:"
                     f" {name} is {list(shape)}"
                 )
 
@@ -162,9 +166,16 @@ class _Student:
         self._u: dict[str, Tensor] = {}
         self._v: dict[str, Tensor] = {}
         self._s: dict[str, Tensor] = {}
+        ranks = self._settings.ranks(len(layers))
+        of_name = {
+            layer.name(expert, role): rank
+            for layer, rank in zip(layers, ranks, strict=True)
+            for expert in range(layer.experts)
+            for role in layer.roles
+        }
         for name in dict.fromkeys(self._stands.values()):
             weight = merged.tensor(name).to(device, torch.float32)
-            self._u[name], self._v[name], self._s[name] = decomposed(weight, self._settings.rank)
+            self._u[name], self._v[name], self._s[name] = decomposed(weight, of_name[name])
         self._importance = {name: s.new_zeros(len(s)) for name, s in self._s.items()}
         self._gradients: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}

@@ -36,6 +36,13 @@ def decomposed(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, v, (whole - u.double() @ v.double()).to(weight.dtype)
 
 
+def largest_rows(s: Tensor, density: float) -> Tensor:
+    """S [m, n] with that share of its rows, rounded, the longest of them; 0 elsewhere. Ours: the
+    published choice is by gradients."""
+    kept = s.norm(dim=1).argsort(descending=True, stable=True)[: round(density * len(s))]
+    return torch.zeros_like(s).index_copy_(0, kept, s[kept])
+
+
 @dataclass(frozen=True)
 class Compressed:
     """U V + S of shape [m, n]: u [m, r], v [r, n]; S has the values [k, n] at its `rows` [k] int32,

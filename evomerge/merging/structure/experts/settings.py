@@ -13,7 +13,7 @@ Data only.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
@@ -35,20 +35,24 @@ Similarity = Literal[
 ]
 
 
+Rank = Annotated[int, Field(ge=1)]
+
+
 class CompressSettings(BaseModel):
     """How what was merged is made smaller: every matrix of an expert as U V + S (MC-SMoE).
 
-    `rank` of U V. `density` is the share of S, over all matrices together, that stays in whole
-    rows. With 0 `steps` nothing is trained, and the data's gradients only choose the rows; with
-    more the model is trained while rows go: for `dense_steps` none do, and the last
-    `settled_steps` have as few as there will be (published: 4 and 16 of 100). `train` says whether
-    all but the routers is trained, as published, or the experts alone. `teacher` weighs the
-    divergence from the model before the merge, at `temperature`.
+    `rank` of U V, or a list with one for every layer that has experts. `density` is the share of S,
+    over all matrices together, that stays in whole rows. With 0 `steps` nothing is trained, and the
+    data's gradients only choose the rows; with more the model is trained while rows go: for
+    `dense_steps` none do, and the last `settled_steps` have as few as there will be (published: 4
+    and 16 of 100). `train` says whether all but the routers is trained, as published, or the
+    experts alone. `teacher` weighs the divergence from the model before the merge, at
+    `temperature`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    rank: int = Field(default=32, ge=1)
+    rank: Rank | tuple[Rank, ...] = 32
     density: float = Field(default=0.1, ge=0.0, le=1.0)
     steps: int = Field(default=0, ge=0)
     train: Literal["all", "experts"] = "all"
@@ -68,6 +72,10 @@ class CompressSettings(BaseModel):
                 " steps"
             )
         return self
+
+    def ranks(self, layers: int) -> tuple[int, ...]:
+        """The rank of every layer, if it is one for all; else as they are listed."""
+        return (self.rank,) * layers if isinstance(self.rank, int) else self.rank
 
     @property
     def phases(self) -> tuple[int, int]:
