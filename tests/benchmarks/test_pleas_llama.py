@@ -13,7 +13,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SIZES = {"steps": 4, "batch": 4, "length": 8, "calibration": 6, "report": 5}
+SIZES = {"steps": 4, "batch": 4, "length": 8, "calibration": 7, "report": 5}
 
 
 @pytest.fixture
