@@ -107,8 +107,9 @@ class Materialiser:
         self._written: dict[str, Hashable] = {}
 
     @torch.no_grad()
-    def write(self, recipe: Recipe) -> None:
-        """Make the model the one that `recipe` describes.
+    def write(self, recipe: Recipe, merge: Merge | None = None) -> None:
+        """Make the model the one that `recipe` describes; `merge` is the recipe bound to the
+        checkpoints, if the caller has it already.
 
         Merged values are rounded once to the recipe's dtype, so the model is the export as
         transformers would load it into the model's dtype. After an error the model is neither
@@ -119,7 +120,8 @@ class Materialiser:
         """
         known = all(model.digest for model in recipe.models)
         store = self._store if known else self._memory
-        merge = Merge(recipe, self._checkpoints, block_size=self._block_size, store=store)
+        if merge is None:
+            merge = Merge(recipe, self._checkpoints, block_size=self._block_size, store=store)
         for name, target in self._bound(merge.anchor).items():
             fingerprint = merge.fingerprint(name)
             if fingerprint is not None and self._written.get(name) == fingerprint:

@@ -6,6 +6,7 @@ Knows no trial and no store.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.adapted import open_models
@@ -50,16 +51,17 @@ class Resident:
         self._live: Live | None = self._held(model)
         self._config: Mapping[str, Any] = self._base.config
 
-    def fitting(self, recipe: Recipe) -> Live:
-        """A model of the shapes of a recipe's result: the one there is, wherever it fits."""
-        wanted: Weights = self._base
-        if recipe.method in STRUCTURAL:
-            wanted = Merge(recipe, self._models).anchor
+    def fitting(self, recipe: Recipe) -> tuple[Callable[[], None], ResidentScorer]:
+        """What writes a recipe into a model of its result's shapes, and what scores that: the model
+        there is, wherever it fits."""
+        merge = Merge(recipe, self._models) if recipe.method in STRUCTURAL else None
+        wanted: Weights = merge.anchor if merge is not None else self._base
         if self._live is None or _differ(wanted.config, self._config):
             self._live = None  # there is room for one
             self._live = self._held(self._blank(wanted, recipe.method))
             self._config = wanted.config
-        return self._live
+        materialiser, scorer = self._live
+        return partial(materialiser.write, recipe, merge), scorer
 
     def _blank(self, wanted: Weights, method: str) -> Module:
         if len(self._devices) > 1:

@@ -92,10 +92,10 @@ class Worker:
         located = recipe.located(self._places)
         resident = self._loaded()
         live = twice(lambda: resident.fitting(located), "the candidate's model", self._device)
-        materialiser, scorer = live
+        write, scorer = live
         loaded = time.perf_counter()
         self._beat()
-        twice(lambda: materialiser.write(located), "merging into the model", self._device)
+        twice(write, "merging into the model", self._device)
         written = time.perf_counter()
         self._beat()
         score = self._fitted(scorer, part, notes)

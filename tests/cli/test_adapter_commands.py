@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import small_adapters
 import torch
 
 from evomerge.checkpoints.adapter import Adapter
-from evomerge.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +22,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         lora = {"target_modules": ["q_proj"], "r": 2 + seed}
         paths[name] = small_adapters.train(base, root / name, seed=seed, **lora)
     return {name: str(path) for name, path in paths.items()}
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(str(left.value.code)), *capsys.readouterr()
-
-    return run
 
 
 def test_extract_tells_what_was_kept(call: Any, models: dict[str, str], tmp_path: Path) -> None:

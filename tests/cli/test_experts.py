@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,13 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from evomerge.cli.main import main
 from evomerge.merging.structure.experts.remapped import load_remapped
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(str(left.value.code)), capsys.readouterr().err
-
-    return run
+def call(call: Any) -> Any:
+    """Exit code and standard error."""
+    return lambda *arguments: call(*arguments)[::2]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,11 @@ import small_llama
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge.cli.main import main
-
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(str(left.value.code)), capsys.readouterr().err
-
-    return run
+def call(call: Any) -> Any:
+    """Exit code and standard error."""
+    return lambda *arguments: call(*arguments)[::2]
 
 
 @pytest.fixture

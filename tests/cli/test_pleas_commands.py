@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,7 @@ import pytest
 import small_llama
 import torch
 
-from evomerge.cli.main import main
-
 WHOLE = {"worth": False}
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(str(left.value.code)), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def test_a_wider_model_ends_its_texts_where_the_base_does(
     monkeypatch.setattr(resident, "load_tasks", lambda objective: None)
     monkeypatch.setattr(resident, "Merge", lambda recipe, models: made)
     monkeypatch.setattr(resident, "ResidentScorer", lambda model, *_, **__: model)
-    monkeypatch.setattr(resident, "Materialiser", lambda *_, **__: None)
+    monkeypatch.setattr(resident, "Materialiser", lambda *_, **__: SimpleNamespace(write=print))
     spec: Any = SimpleNamespace(base=str(tmp_path), sources={}, objective=None, evaluation=None)
     kept = Resident(spec, "float32", ["cpu"], lambda: None)
     recipe: Any = SimpleNamespace(method="pleas")

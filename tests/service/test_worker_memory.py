@@ -49,8 +49,10 @@ def worker(errors: list[Exception], fits: int = 16) -> Callable[[], Any]:
     made = Worker("gpu-7")
     spec = synthetic_spec(evaluation={"device": "cpu"}).model_dump(mode="json")
     made.prepare(spec, {}, "float32")
-    live = Materialiser(errors), Scorer(fits)
-    made._resident = SimpleNamespace(fitting=lambda recipe: live)  # type: ignore[assignment]
+    materialiser, scorer = Materialiser(errors), Scorer(fits)
+    made._resident = SimpleNamespace(  # type: ignore[assignment]
+        fitting=lambda recipe: (lambda: materialiser.write(recipe), scorer)
+    )
     return lambda: event_of(made.run("token", TRIAL.recipe, "search"))
 
 

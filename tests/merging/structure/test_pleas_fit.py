@@ -196,7 +196,7 @@ def test_every_layer_fits_what_it_is_given_in_the_refit_model(fitted, tmp_path):
     given = [_seen(_live(pair, which), problem, name)[1] for which in "ab"]
     y = _laid_out(model, pair.layers[name], *given)
     layer = pair.layers[name]
-    x = x[:, : model.unfilled_shape(name)[layer.in_axis]]
+    x = x[:, : model.merge.shape(name)[layer.in_axis]]
     weight = model.unfilled(name).double().movedim((layer.out_axis, layer.in_axis), (0, 1))
     if layer.bias is not None:
         x = torch.cat([x, x[:, :1] ** 0], 1)
@@ -209,7 +209,7 @@ def test_every_layer_fits_what_it_is_given_in_the_refit_model(fitted, tmp_path):
 def _last_of_one_layout(pair: Pair, model: PleasModel) -> str:
     """A layer behind refit ones, none of whose entries must be zero: the last down-projection."""
     names = [n for n in pair.layers if "down_proj" in n or "mlp.c_proj" in n]
-    assert model.layout(names[-1], pair.layers[names[-1]].in_axis) is not None
+    assert model.merge.layout(names[-1], pair.layers[names[-1]].in_axis) is not None
     return names[-1]
 
 
@@ -242,7 +242,7 @@ def _seen(model: Any, problem: Problem, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _laid_out(model: PleasModel, layer: Any, a: Tensor, b: Tensor) -> Tensor:
-    layout = model.layout(layer.weight, layer.out_axis)
+    layout = model.merge.layout(layer.weight, layer.out_axis)
     if layout is None:
         return (a + b) / 2
     a, b = a[:, layout.origin], b[:, layout.origin]

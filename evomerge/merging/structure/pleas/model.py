@@ -21,7 +21,7 @@ from evomerge.errors import MissingTensor
 from evomerge.merging.methods.base import Fitted
 from evomerge.merging.methods.gram import unpacked
 from evomerge.merging.structure.architectures.families import spec_of
-from evomerge.merging.structure.partial.partial import Layout, PartialMerge, split
+from evomerge.merging.structure.partial.partial import PartialMerge, split
 from evomerge.merging.structure.partial.widening import Widening
 from evomerge.merging.structure.permutations.linear_layers import Layer
 from evomerge.merging.structure.permutations.permutation import Spec, axis_orders, in_place
@@ -154,18 +154,6 @@ class PleasModel(Seen):
             raise MissingTensor(f"{name}: not a tensor of {self.path}")
         shape = self.merge.shape(name)
         return tuple(self._filled.get((name, axis), size) for axis, size in enumerate(shape))
-
-    def unfilled_shape(self, name: str) -> tuple[int, ...]:
-        """Its shape without the zeros that fill it up."""
-        return self.merge.shape(name)
-
-    def layout(self, name: str, axis: int) -> Layout | None:
-        """How an axis is widened; None for one that stays as it is."""
-        return self.merge.layout(name, axis)
-
-    def allowed(self, name: str) -> Tensor | None:
-        """As that of `PartialMerge`, of the tensor without the zeros that fill it up."""
-        return self.merge.allowed(name)
 
     def equations(self, layer: Layer) -> tuple[Equations, Tensor]:
         """What a layer must solve, and where it starts."""
