@@ -79,7 +79,7 @@ def pleas(
         max Σ_g w_g·r_g  where cost(r) ≤ budget        r_g of the units of group g stay apart
         W = argmin ‖X Wᵀ − Y‖² + λ‖W − W₀‖²            X, Y in the layout [merged | a | b]
 
-    `pair` comes from `networks.pair.matched`. `data` are batches of what the networks take: those of
+    `pair` comes from `pair.matched`. `data` are batches of what the networks take: those of
     their tasks, or any others, which is PLeaS-free. `score` is asked for what groups are worth, by
     `allocation: programme` alone: on 2·groups + 2 networks, without least squares. With heads of
     their own the merged network gives a's labels and then b's, which no budget counts.
